@@ -1,0 +1,25 @@
+"""femfed: federated learning on FEMNIST writers, simulated on one machine."""
+
+import os
+
+__version__ = "0.1.0"
+
+# Set before TensorFlow, Ray or Flower is imported, here and (by inheritance) in every worker.
+# One TensorFlow thread per process is part of the mathematics: two threads add in another order.
+os.environ.update(
+    TF_NUM_INTRAOP_THREADS="1",
+    TF_NUM_INTEROP_THREADS="1",
+    TF_CPP_MIN_LOG_LEVEL="3",
+    TF_FORCE_GPU_ALLOW_GROWTH="true",
+    KERAS_BACKEND="tensorflow",
+    FLWR_TELEMETRY_ENABLED="0",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+)
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: what happened, what was expected, how to fix it, in one line.
+
+    `simulate.py` prints it without a traceback and exits with code 2.
+    """

@@ -1,0 +1,80 @@
+"""Checkpoints: weights, strategy state and round, written whole or not at all."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Weights = list[NDArray[np.float32]]
+State = dict[str, Weights]
+
+KEPT = 2  # the one before the newest is there should the newest be damaged
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run after one of its rounds.
+
+    Attributes:
+        round: the last finished round.
+        weights: the global weights.
+        state: the strategy's state.
+    """
+
+    round: int
+    weights: Weights
+    state: State
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write `folder/round_NNNNNN.npz` and remove all but the newest two.
+
+    The file is written aside, synced and renamed, so that it is whole whenever it is there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"round_{checkpoint.round:06d}.npz"
+    lists = {"weights": checkpoint.weights, **{f"state/{k}": v for k, v in checkpoint.state.items()}}
+    arrays = {f"{name}/{i}": array for name, each in lists.items() for i, array in enumerate(each)}
+    lengths = {name: len(each) for name, each in lists.items()}
+    about = json.dumps({"round": checkpoint.round, "lists": lengths}).encode()
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, about=np.frombuffer(about, np.uint8), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    for old in sorted(folder.glob("round_*.npz"))[:-KEPT]:
+        old.unlink()
+    return path
+
+
+def load(path: Path) -> Checkpoint:
+    """Read what `save` wrote; npz checks every array against its checksum.
+
+    Raises:
+        zipfile.BadZipFile: the file is damaged.
+    """
+    with np.load(path, allow_pickle=False) as arrays:
+        about = json.loads(arrays["about"].tobytes())
+        lists = {
+            name: [arrays[f"{name}/{i}"] for i in range(length)]
+            for name, length in about["lists"].items()
+        }
+    weights = lists.pop("weights")
+    state = {name.removeprefix("state/"): each for name, each in lists.items()}
+    return Checkpoint(about["round"], weights, state)
+
+
+def sha256(weights: Weights) -> str:
+    """Return the SHA-256 of all weights in order, as little-endian float32 bytes."""
+    digest = hashlib.sha256()
+    for layer in weights:
+        digest.update(np.ascontiguousarray(layer, "<f4").tobytes())
+    return digest.hexdigest()

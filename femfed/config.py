@@ -1,0 +1,198 @@
+"""The schema of conf/: types, ranges and one line of help per key; and from a config to objects."""
+
+import dataclasses
+import difflib
+import importlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    ValidationError,
+)
+
+from femfed import UserError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+def _key(help: str, low: float | None = None, high: float | None = None, below: bool = False) -> Any:
+    """Declare a key: its help and the range of its value (`below`: high itself is excluded)."""
+    bounds = {"help": help, "low": low, "high": high, "below": below}
+    return field(default=MISSING, metadata=bounds)
+
+
+@dataclass
+class LocalConfig:
+    """How a client trains."""
+
+    epochs: int = _key("passes over a client's images each round", 1)
+    batch_size: int = _key("images a step; the last short batch is trained on too", 1)
+    learning_rate: float = _key("client learning rate of SGD", 0)
+    momentum: float = _key("client momentum, starts at zero every round", 0, 1, below=True)
+    weight_decay: float = _key("client weight decay", 0)
+
+
+@dataclass
+class EvaluateConfig:
+    """When and on what the global model is evaluated."""
+
+    every: int = _key("rounds between evaluations; the last round is always evaluated", 1)
+    test_fraction: float = _key(
+        "share of a writer's images held out, where the dataset publishes no split", 0, 1, below=True
+    )
+    unseen_fraction: float = _key("share of all writers that never train", 0, 1, below=True)
+
+
+@dataclass
+class EngineConfig:
+    """Where clients run."""
+
+    kind: str = _key("ray (Flower's Ray-backed engine) or inline (this process)")
+    workers: int | None = _key("worker processes, one thread each; null is one per core", 1)
+    bundle: int | None = _key("clients a message; null cuts by the number of workers", 1)
+    wire: str = _key("reference (shared files) or value (inside the Flower messages)")
+
+
+@dataclass
+class CheckpointConfig:
+    """When a run is saved."""
+
+    every: int = _key("rounds between checkpoints; the last round is always saved", 1)
+
+
+@dataclass
+class Config:
+    """The whole config."""
+
+    dataset: Any = MISSING
+    model: Any = MISSING
+    strategy: Any = MISSING
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    clients: int = _key("writers in the federation", 1)
+    clients_per_round: int = _key("writers in a cohort", 1)
+    rounds: int = _key("rounds to run", 1)
+    seed: int = _key("seed of everything random", 0)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    list_clients: bool = _key("print every round's clients: number and subject number")
+    cache: str = _key("folder of the converted datasets")
+
+
+CHOICES = {"engine.kind": ("ray", "inline"), "engine.wire": ("reference", "value")}
+
+
+def register() -> None:
+    """Make the schema known to Hydra as `schema`."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def check(cfg: DictConfig) -> None:
+    """Check every value of the schema against its range.
+
+    Raises:
+        UserError: a value is out of range, naming the key, the value and the range.
+    """
+    if surplus := sorted(set(map(str, cfg)) - set(_keys(Config, ""))):
+        raise UserError(unknown(surplus[0]))
+    _check(Config, cfg, "")
+    for key, choices in CHOICES.items():
+        if (value := OmegaConf.select(cfg, key)) not in choices:
+            raise UserError(f"{key}={value}; expected {' or '.join(choices)}")
+    if cfg.clients_per_round > cfg.clients:
+        raise UserError(
+            f"clients_per_round={cfg.clients_per_round} is more than clients={cfg.clients}; "
+            f"expected clients_per_round <= clients"
+        )
+
+
+def _check(schema: type, node: DictConfig, prefix: str) -> None:
+    for entry in dataclasses.fields(schema):
+        name = f"{prefix}{entry.name}"
+        value = node[entry.name]
+        if isinstance(entry.type, type) and dataclasses.is_dataclass(entry.type):
+            _check(entry.type, value, f"{name}.")
+        low, high = entry.metadata.get("low"), entry.metadata.get("high")
+        if value is None or (low is None and high is None):
+            continue
+        above = low is None or value >= low
+        under = high is None or (value < high if entry.metadata["below"] else value <= high)
+        if not (above and under and value < float("inf")):
+            limit = f"at least {low:g}"
+            if high is not None:
+                limit += f" and {'below' if entry.metadata['below'] else 'at most'} {high:g}"
+            raise UserError(f"{name}={value}; expected {limit} ({entry.metadata['help']})")
+
+
+def make(node: DictConfig, group: str) -> Any:
+    """Make the frozen dataclass of femfed that a config group's `_target_` names.
+
+    Raises:
+        UserError: the target is not femfed's, or a value has the wrong type or is out of range.
+    """
+    target = str(node.get("_target_"))
+    module, _, name = target.rpartition(".")
+    try:
+        if not module.startswith("femfed."):
+            raise ImportError
+        made = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise UserError(
+            f"{group}._target_={target}; expected a dataclass of femfed, as in conf/{group}/*.yaml"
+        ) from None
+    schema = OmegaConf.structured(made)
+    OmegaConf.set_readonly(schema, False)
+    given = {key: value for key, value in node.items() if key != "_target_"}
+    if surplus := sorted(set(map(str, given)) - set(schema)):
+        raise UserError(unknown(f"{group}.{surplus[0]}"))
+    try:
+        fields = OmegaConf.to_container(OmegaConf.merge(schema, given), throw_on_missing=True)
+    except ValidationError as error:
+        raise UserError(f"{group}.{explain(error)}") from None
+    except MissingMandatoryValue as error:
+        raise UserError(f"{group}.{error.full_key} has no value; expected one") from None
+    assert isinstance(fields, dict)
+    return made(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def explain(error: Exception) -> str:
+    """Return what Hydra or OmegaConf say of a user's mistake as one line with a way out."""
+    cause = error.__cause__ or error
+    key = str(getattr(cause, "full_key", None) or "")
+    text = str(error) or str(cause)
+    if missing := re.search(r"Could not find '([\w/]+)/(\w+)'", text):
+        group, name = missing.groups()
+        options = ", ".join(path.stem for path in sorted((CONF / group).glob("*.yaml")))
+        return f"{group}={name} is not there; expected one of: {options}"
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        return unknown(key)
+    if isinstance(cause, ValidationError):
+        return f"{key}: {str(cause).splitlines()[0]}"
+    if text.startswith("Ambiguous value"):
+        return f"{text.splitlines()[0]}; to sweep over it, add -m"
+    return " ".join(line.strip() for line in text.splitlines() if "https:" not in line)
+
+
+def unknown(key: str) -> str:
+    """Return the line that says that there is no such key, and which was probably meant."""
+    known = _keys(Config, "")
+    for path in CONF.glob("*/*.yaml"):
+        known += [f"{path.parent.name}.{name}" for name in OmegaConf.load(path)]
+    close = difflib.get_close_matches(key, sorted(set(known)), n=1)
+    hint = f"did you mean {close[0]}?" if close else "python simulate.py --help lists the keys"
+    return f"unknown key {key}; {hint}"
+
+
+def _keys(schema: type, prefix: str) -> list[str]:
+    keys = []
+    for entry in dataclasses.fields(schema):
+        keys.append(prefix + entry.name)
+        if isinstance(entry.type, type) and dataclasses.is_dataclass(entry.type):
+            keys += _keys(entry.type, f"{prefix}{entry.name}.")
+    return keys

@@ -1,0 +1,1 @@
+"""Datasets: each published format, and the synthetic default, becomes one memory-mapped store."""

@@ -1,0 +1,253 @@
+"""The memory-mapped store that every dataset is converted to, once.
+
+A store is a folder of three files: `images.u8` (all images, row-major `[n, 28, 28]`), `labels.u8`
+(`[n]`) and `index.json` (the writers, in order, and what is said of the dataset). A writer's rows
+are contiguous, so a writer is two views and no copy. Workers map the files read-only and share
+their pages.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from femfed import UserError
+from femfed.seeds import generator
+
+CLASSES = 62
+CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+FORMAT = 1  # raise it when the files of a store change their meaning: older stores are then remade
+
+Bytes = NDArray[np.uint8]
+Rows = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Handwriting:
+    """What a dataset knows of one writer, on its way into the store.
+
+    Attributes:
+        name: the writer's name in the source, such as `f0027_29`.
+        number: the shard the writer stands in (the homework's "number").
+        subject_number: the writer's place in that shard.
+        images: `[n, 28, 28]` uint8, white background 255.
+        labels: `[n]` integers in [0, 62).
+        train_examples: the first so many rows are the published training split; None where the
+            source publishes no split.
+    """
+
+    name: str
+    number: int
+    subject_number: int
+    images: Bytes
+    labels: NDArray[Any]
+    train_examples: int | None = None
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One person's handwriting = one client.
+
+    Attributes:
+        name: the writer's name in the source.
+        number: the shard the writer stands in.
+        subject_number: the writer's place in that shard.
+        images: `[n, 28, 28]` uint8, white background 255, a view into the memory-mapped store.
+        labels: `[n]` uint8 in [0, 62), a view as well.
+        train: rows to train on, `[n_train]` int32.
+        test: rows held out, `[n_test]` int32.
+    """
+
+    name: str
+    number: int
+    subject_number: int
+    images: Bytes
+    labels: Bytes
+    train: Rows
+    test: Rows
+
+
+class Dataset(Protocol):
+    """What `conf/dataset/NAME.yaml` builds: a source of handwriting that can be stored."""
+
+    @property
+    def name(self) -> str:
+        """Name the dataset and its variant as every result states it."""
+
+    def store(self, cache: Path, writers: int) -> "WriterStore":
+        """Return the store below `cache`, made now if it is not there; `writers` are wanted."""
+
+
+@dataclass(frozen=True)
+class WriterStore:
+    """All writers of one dataset, memory-mapped.
+
+    Attributes:
+        folder: where the store lies.
+        names: the writers' names, in order.
+        numbers: shard of each writer, `[writers]`.
+        subject_numbers: place of each writer in its shard, `[writers]`.
+        offsets: first row of each writer and one past the last, `[writers + 1]`.
+        train_examples: length of each writer's published training split, -1 where there is none.
+        images: `[n, 28, 28]` uint8.
+        labels: `[n]` uint8.
+        skipped_writers: writers of the source without a single image, left out.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    numbers: NDArray[np.int64]
+    subject_numbers: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    train_examples: NDArray[np.int64]
+    images: Bytes
+    labels: Bytes
+    skipped_writers: int
+
+    @classmethod
+    def open(cls, folder: Path) -> "WriterStore":
+        """Map the store in `folder`; nothing is read but its index."""
+        index = json.loads((folder / "index.json").read_bytes())
+        offsets = np.concatenate([[0], np.cumsum(index["examples"], dtype=np.int64)])
+        n = int(offsets[-1])
+        return cls(
+            folder=folder,
+            names=tuple(index["names"]),
+            numbers=np.asarray(index["numbers"], np.int64),
+            subject_numbers=np.asarray(index["subject_numbers"], np.int64),
+            offsets=offsets,
+            train_examples=np.asarray(index["train_examples"], np.int64),
+            images=np.memmap(folder / "images.u8", np.uint8, "r", shape=(n, 28, 28)),
+            labels=np.memmap(folder / "labels.u8", np.uint8, "r", shape=(n,)),
+            skipped_writers=index["skipped_writers"],
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def examples(self) -> NDArray[np.int64]:
+        """Images of each writer, `[writers]`."""
+        return np.diff(self.offsets)
+
+    def writer(self, index: int, test_fraction: float, seed: int) -> Writer:
+        """Return writer `index`, split as published or, where nothing is, by `seed`.
+
+        Args:
+            index: the writer's place in the store.
+            test_fraction: share of a writer's images held out where no split is published; at
+                least one image is always left to train on.
+            seed: seed of the run.
+        """
+        start, stop = int(self.offsets[index]), int(self.offsets[index + 1])
+        n, published = stop - start, int(self.train_examples[index])
+        if published >= 0:
+            rows, cut = np.arange(n, dtype=np.int32), published
+        else:
+            rows = generator(seed, "split", client=index).permutation(n).astype(np.int32)
+            cut = n - min(n - 1, round(n * test_fraction))
+        return Writer(
+            name=self.names[index],
+            number=int(self.numbers[index]),
+            subject_number=int(self.subject_numbers[index]),
+            images=self.images[start:stop],
+            labels=self.labels[start:stop],
+            train=np.sort(rows[:cut]),
+            test=np.sort(rows[cut:]),
+        )
+
+
+def stored(
+    cache: Path, source: dict[str, Any], writers: Callable[[], Iterable[Handwriting]]
+) -> WriterStore:
+    """Return the store of `source`, opened if it is there, else made from `writers()`.
+
+    The store is written beside its final place and renamed when whole: a broken source or a killed
+    conversion leaves nothing behind that could be taken for a store, and of two conversions at once
+    the first to finish wins.
+
+    Args:
+        cache: folder that holds all stores.
+        source: whatever identifies the content (paths, sizes, times, parameters); a store made
+            from another source is never used.
+        writers: yields the writers one at a time; called only if there is no store yet.
+
+    Raises:
+        UserError: the source holds something that is not FEMNIST, or no image at all.
+    """
+    key = json.dumps({"format": FORMAT, **source}, sort_keys=True)
+    folder = cache / f"{source['dataset']}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not (folder / "index.json").exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
+        except OSError as error:
+            raise UserError(
+                f"cannot write the dataset cache {cache}: {error.strerror}; "
+                "give another folder with cache=DIR"
+            ) from error
+        try:
+            _write(partial, writers())
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not (folder / "index.json").exists():  # else somebody else was first
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return WriterStore.open(folder)
+
+
+def _write(folder: Path, writers: Iterable[Handwriting]) -> None:
+    columns: dict[str, list[Any]] = {
+        "names": [], "numbers": [], "subject_numbers": [], "examples": [], "train_examples": []
+    }  # fmt: skip
+    seen: set[str] = set()
+    skipped = 0
+    with (folder / "images.u8").open("wb") as images, (folder / "labels.u8").open("wb") as labels:
+        for writer in writers:
+            _check(writer)
+            if writer.name in seen:
+                raise UserError(f"writer {writer.name} occurs twice in the dataset; expected once")
+            seen.add(writer.name)
+            if not len(writer.labels):
+                skipped += 1
+                continue
+            images.write(np.ascontiguousarray(writer.images).data)
+            labels.write(writer.labels.astype(np.uint8).tobytes())
+            columns["names"].append(writer.name)
+            columns["numbers"].append(writer.number)
+            columns["subject_numbers"].append(writer.subject_number)
+            columns["examples"].append(len(writer.labels))
+            published = writer.train_examples
+            columns["train_examples"].append(-1 if published is None else published)
+        for file in (images, labels):
+            file.flush()
+            os.fsync(file.fileno())
+    if not columns["names"]:
+        raise UserError(f"the dataset has no images ({skipped} writers, all of them empty)")
+    (folder / "index.json").write_text(json.dumps({**columns, "skipped_writers": skipped}))
+
+
+def _check(writer: Handwriting) -> None:
+    images, labels = writer.images, writer.labels
+    if images.dtype != np.uint8 or images.shape != (len(labels), 28, 28):
+        raise UserError(
+            f"writer {writer.name}: images are {images.dtype} {images.shape} for {len(labels)} "
+            f"labels; expected uint8 ({len(labels)}, 28, 28)"
+        )
+    outside = np.flatnonzero((labels < 0) | (labels >= CLASSES))
+    if outside.size:
+        at = int(outside[0])
+        raise UserError(
+            f"writer {writer.name}: label {labels[at]} at image {at}; expected 0..{CLASSES - 1} "
+            "(0-9, A-Z, a-z)"
+        )

@@ -1,0 +1,519 @@
+"""The Flower ServerApp and ClientApp.
+
+They live in this importable module because a worker process keeps a module's globals from message to
+message only if it imported the module. A worker builds its model and traces its functions once.
+"""
+
+import functools
+import json
+import os
+import resource
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from numpy.typing import NDArray
+
+from femfed.client import DivergedError, Local, LocalTraining, Outcome, flatten, unflatten
+from femfed.data.store import Writer, WriterStore
+from femfed.engine.rounds import Federation, Round, Schedule, Trained, Writers, run_rounds
+from femfed.engine.wire import Inbox, Outbox, construct, describe, to_json
+from femfed.models import Model
+from femfed.strategies.base import State, Strategy, Update, Weights
+
+POLL = 0.005  # seconds between two looks for replies
+
+T = TypeVar("T")
+
+
+class ClientError(RuntimeError):
+    """A client's training or evaluation failed; ends the run."""
+
+
+class LostWorkerError(RuntimeError):
+    """A worker process died before it replied; its round can be run again."""
+
+
+class StoppedError(RuntimeError):
+    """The run was asked to stop; seen by the ServerApp's thread."""
+
+
+class Stopped(BaseException):
+    """The run was stopped by a signal; no `Exception`, so that a sweep stops as a whole.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
+
+# The worker's side -----------------------------------------------------------------------------
+
+
+class Worker:
+    """What one worker process keeps between messages.
+
+    Args:
+        spec: the JSON line every message carries.
+    """
+
+    def __init__(self, spec: str) -> None:
+        parts = json.loads(spec)
+        self._seed, self._test_fraction = parts["seed"], parts["test_fraction"]
+        self.strategy: Strategy = construct(parts["strategy"])
+        self.store = WriterStore.open(Path(parts["store"]))
+        self.training = LocalTraining(
+            construct(parts["model"]), self.strategy, construct(parts["local"]), self._seed
+        )
+        self.inbox = Inbox(self.training.parameters)
+        self._loaded = self._folded = ""
+
+    def writer(self, index: int) -> Writer:
+        """Return writer `index` of the store, split as the run splits it."""
+        return self.store.writer(index, self._test_fraction, self._seed)
+
+    def load(self, content: RecordDict, version: str) -> None:
+        """Load the global weights of a message unless they are loaded already."""
+        if version != self._loaded:
+            self.training.load(self.inbox.weights(content))
+            self._loaded = version
+
+    def begins(self, attempt: str) -> bool:
+        """Whether this worker folds its first client of this attempt at this round."""
+        first, self._folded = attempt != self._folded, attempt
+        return first
+
+
+@functools.lru_cache(maxsize=1)
+def _worker(spec: str) -> Worker:
+    return Worker(spec)
+
+
+client_app = ClientApp()
+
+
+@client_app.query()
+def ready(message: Message, context: Context) -> Message:
+    """Build the worker before the first round; tell which process and which node this is."""
+    _worker(str(message.content.config_records["task"]["spec"]))
+    return _reply(message, context, {})
+
+
+@client_app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train a bundle of clients one after the other and fold their updates."""
+    task = message.content.config_records["task"]
+    worker = _worker(str(task["spec"]))
+    training = worker.training
+    worker.load(message.content, str(task["version"]))
+    total, lives_on = worker.inbox.sum(message.content)
+    round = int(task["round"])  # type: ignore[arg-type]
+    fresh = worker.begins(str(task["attempt"])) or not lives_on
+    outcomes: list[Outcome] = []
+    seconds: list[float] = []
+    bundle, slots = _integers(task["clients"]), _integers(task["slots"])
+    updates = np.empty((0 if worker.strategy.averages else len(bundle), training.parameters), "f4")
+    for place, (client, index) in enumerate(zip(bundle, _integers(task["writers"]), strict=True)):
+        start = time.perf_counter()
+        writer = worker.writer(index)
+        try:
+            outcome = training.train(writer, round, client)
+            if worker.strategy.averages:
+                training.fold(outcome.examples, total, first=fresh and not outcomes)
+            else:
+                training.delta(updates[place])
+        except Exception as error:
+            return _failed(message, writer, client, error)
+        outcomes.append(outcome)
+        seconds.append(time.perf_counter() - start)
+    reply = _reply(message, context, {**_columns(outcomes), "seconds": seconds})
+    if worker.strategy.averages:
+        worker.inbox.put_sum(reply.content, total, lives_on=lives_on)
+    else:
+        worker.inbox.put_updates(message.content, reply.content, updates, slots)
+    return reply
+
+
+@client_app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate the global weights on a bundle of writers, one after the other."""
+    task = message.content.config_records["task"]
+    worker = _worker(str(task["spec"]))
+    worker.load(message.content, str(task["version"]))
+    outcomes: list[Outcome] = []
+    everything = _integers(task["whole"])
+    for index, whole in zip(_integers(task["writers"]), everything, strict=True):
+        writer = worker.writer(index)
+        rows = np.arange(len(writer.labels), dtype=np.int32) if whole else writer.test
+        outcomes.append(worker.training.evaluate(writer, rows))
+    return _reply(message, context, _columns(outcomes))
+
+
+def _reply(message: Message, context: Context, columns: dict[str, list[Any]]) -> Message:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+    about = {"partition": context.node_config["partition-id"], "pid": os.getpid(), "peak": peak}
+    return Message(RecordDict({"outcome": ConfigRecord({**about, **columns})}), reply_to=message)
+
+
+def _failed(message: Message, writer: Writer, client: int, error: Exception) -> Message:
+    where = f"client {client} (writer {writer.name}, number {writer.number}, "
+    where += f"subject number {writer.subject_number})"
+    trace = "" if isinstance(error, DivergedError) else traceback.format_exc()
+    record = ConfigRecord({"where": where, "error": str(error) or repr(error), "trace": trace})
+    return Message(RecordDict({"failure": record}), reply_to=message)
+
+
+def _columns(outcomes: Sequence[Outcome]) -> dict[str, list[Any]]:
+    return {
+        "examples": [outcome.examples for outcome in outcomes],
+        "loss_sum": [outcome.loss_sum for outcome in outcomes],
+        "correct": [outcome.correct for outcome in outcomes],
+    }
+
+
+def _integers(value: Any) -> list[int]:
+    return [int(item) for item in value]
+
+
+# The driver's side -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run needs, made by `simulate.py`.
+
+    Attributes:
+        model: the model's spec.
+        strategy: the algorithm.
+        local: how a client trains.
+        schedule: rounds and cohorts.
+        federation: which writers take part.
+        store: their images.
+        test_fraction: share of a writer's images held out where the source publishes no split.
+        workers: worker processes.
+        bundle: clients a message; None cuts the cohort by the number of workers.
+        by_value: send weights and updates inside the messages instead of through shared files.
+    """
+
+    model: Model
+    strategy: Strategy
+    local: Local
+    schedule: Schedule
+    federation: Federation
+    store: WriterStore
+    test_fraction: float
+    workers: int
+    bundle: int | None
+    by_value: bool
+
+    @functools.cached_property
+    def spec(self) -> str:
+        """What a worker needs to know, as one JSON line."""
+        return to_json(
+            model=describe(self.model),
+            strategy=describe(self.strategy),
+            local=describe(self.local),
+            seed=self.schedule.seed,
+            store=str(self.store.folder),
+            test_fraction=self.test_fraction,
+        )
+
+    @property
+    def evaluated(self) -> Writers:
+        """Every writer that is evaluated: the clients, then the unseen."""
+        return np.concatenate([self.federation.clients, self.federation.unseen])
+
+    @functools.cached_property
+    def nodes(self) -> int:
+        """Flower nodes to register: as many as there are bundles at most, not writers."""
+        train = len(cut(np.ones(self.schedule.clients_per_round), self.workers, self.bundle))
+        return max(train, len(cut(np.ones(len(self.evaluated)), self.workers, None)))
+
+
+    def shared_bytes(self, parameters: int) -> int:
+        """Bytes that travel by reference at most: weights, a sum per worker, single updates."""
+        updates = 0 if self.strategy.averages else self.schedule.clients_per_round
+        return parameters * (4 + 8 * self.workers + 4 * updates)
+
+
+def cut(sizes: NDArray[Any], workers: int, bundle: int | None) -> list[list[int]]:
+    """Cut items into bundles, largest items first; return each bundle's positions.
+
+    Without a fixed `bundle` size, every bundle is half of a worker's fair share of what is left: the
+    first ones are long, so messages are few, and the last ones are short, so that all workers finish
+    together. How the cut falls changes no result, because sums are exact (`client.GRID`).
+    """
+    order = np.argsort(-sizes, kind="stable").tolist()
+    if bundle is not None:
+        return [order[i : i + bundle] for i in range(0, len(order), bundle)]
+    if workers == 1:
+        return [order] if order else []
+    shortest = max(1, len(order) // (64 * workers))
+    bundles = []
+    while order:
+        length = max(shortest, -(-len(order) // (2 * workers)))
+        bundles.append(order[:length])
+        order = order[length:]
+    return bundles
+
+
+class GridWorkers:
+    """Trains and evaluates through Flower's grid: one bundle, one message, one node.
+
+    Args:
+        job: the run.
+        grid: Flower's, from the ServerApp.
+        folder: for what travels by reference, None to send by value.
+        stop: set by whoever wants the run to stop.
+        on_clients: called with (clients done, clients of the cohort) as replies come in.
+        attempt: counts the engine's starts, so that a round run again starts new sums.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        grid: Grid,
+        folder: Path | None,
+        stop: threading.Event,
+        on_clients: Callable[[int, int], None],
+        attempt: int,
+    ) -> None:
+        self._job, self._grid, self._stop = job, grid, stop
+        self._on_clients, self._attempt = on_clients, attempt
+        self._peaks: dict[int, int] = {}
+        self._folder = folder
+        self._version = 0
+        self._published: Weights | None = None
+        self._shapes: list[tuple[int, ...]] = []
+        self._trainable = np.diff(job.store.offsets)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers that have replied."""
+        return sorted(self._peaks)
+
+    @property
+    def peak_memory(self) -> int:
+        """Sum of the workers' peak resident memory in bytes."""
+        return 1024 * sum(self._peaks.values())
+
+    def start(self, weights: Weights) -> None:
+        """Have every worker build its model, and learn which node is served when."""
+        self._shapes = [layer.shape for layer in weights]
+        self._outbox = Outbox(self._folder, sum(layer.size for layer in weights))
+        if not self._job.strategy.averages:
+            self._outbox.reserve_updates(self._job.schedule.clients_per_round)
+        self._nodes = self._registered()
+        task = {"spec": self._job.spec}
+        contents = [RecordDict({"task": ConfigRecord({**task})}) for _ in self._nodes]
+        replies = self._exchange("query", contents, lambda done: None)
+        partitions = [int(r.config_records["outcome"]["partition"]) for r in replies]  # type: ignore[arg-type]
+        # Flower hands messages to workers in the order of its partitions.
+        self._nodes = [node for _, node in sorted(zip(partitions, self._nodes, strict=True))]
+
+    def train(self, weights: Weights, cohort: Writers, round: int) -> Trained:
+        """Train `cohort` from `weights` and aggregate."""
+        job, writers = self._job, self._job.federation.clients[cohort]
+        bundles = cut(self._trainable[writers], job.workers, job.bundle)
+        shared = self._publish(weights)
+        attempt = f"{self._attempt}.{round}"
+        contents = [
+            self._content(
+                shared,
+                round=round,
+                attempt=attempt,
+                clients=cohort[bundle].tolist(),
+                writers=writers[bundle].tolist(),
+                slots=bundle,
+            )
+            for bundle in bundles
+        ]
+        sizes = [len(bundle) for bundle in bundles]
+        replies = self._exchange(
+            "train",
+            contents,
+            lambda done: self._on_clients(sum(sizes[i] for i in done), len(cohort)),
+        )
+        outcomes = _in_order(bundles, [_outcomes(reply) for reply in replies])
+        seconds = _in_order(bundles, [_floats(reply, "seconds") for reply in replies])
+        if job.strategy.averages:
+            examples = sum(outcome.examples for outcome in outcomes)
+            delta: Weights = unflatten(self._outbox.mean(replies, examples), self._shapes)
+        else:
+            vectors = self._outbox.updates(replies, bundles)
+            delta = job.strategy.aggregate(
+                [
+                    Update(int(c), unflatten(v, self._shapes), o.examples, o.loss_sum, o.correct)
+                    for c, v, o in zip(cohort, vectors, outcomes, strict=True)
+                ]
+            )
+        return Trained(delta, outcomes, seconds)
+
+    def evaluate(self, weights: Weights, round: int) -> tuple[Sequence[Outcome], Sequence[Outcome]]:
+        """Evaluate on every client's held-out images and on all images of the unseen writers."""
+        job, writers = self._job, self._job.evaluated
+        clients = len(job.federation.clients)
+        whole = np.arange(len(writers)) >= clients
+        held_out = np.where(whole, 1.0, job.test_fraction)
+        bundles = cut(self._trainable[writers] * held_out, job.workers, None)
+        shared = self._publish(weights)
+        contents = [
+            self._content(shared, writers=writers[b].tolist(), whole=whole[b].astype(int).tolist())
+            for b in bundles
+        ]
+        replies = self._exchange("evaluate", contents, lambda done: None)
+        outcomes = _in_order(bundles, [_outcomes(reply) for reply in replies])
+        return outcomes[:clients], outcomes[clients:]
+
+    def _publish(self, weights: Weights) -> RecordDict:
+        if weights is not self._published:  # an evaluation and the next round share their weights
+            self._published = weights
+            self._version += 1
+            self._shared = self._outbox.publish(flatten(weights))
+        return self._shared
+
+    def _content(self, shared: RecordDict, **task: Any) -> RecordDict:
+        version = f"{self._attempt}.{self._version}"
+        about = ConfigRecord({"spec": self._job.spec, "version": version, **task})
+        return RecordDict({**shared, "task": about})
+
+    def _registered(self) -> list[int]:
+        """Return all node ids; Flower registers nodes after the ServerApp has started."""
+        while len(nodes := sorted(self._grid.get_node_ids())) < self._job.nodes:
+            if self._stop.wait(POLL):
+                raise StoppedError
+        return nodes
+
+    def _exchange(
+        self, kind: str, contents: list[RecordDict], on_done: Callable[[set[int]], None]
+    ) -> list[RecordDict]:
+        """Send content i to node i and return the replies in the same order.
+
+        Raises:
+            ClientError: a client failed.
+            LostWorkerError: a worker died.
+            StoppedError: the run was asked to stop.
+        """
+        messages = [
+            Message(content, dst_node_id=node, message_type=kind)
+            for content, node in zip(contents, self._nodes, strict=False)
+        ]
+        places = {name: place for place, name in enumerate(self._grid.push_messages(messages))}
+        replies: dict[int, RecordDict] = {}
+        while len(replies) < len(contents):
+            waiting = [name for name, place in places.items() if place not in replies]
+            for reply in self._grid.pull_messages(waiting):
+                if self._stop.is_set():
+                    raise StoppedError
+                if reply.has_error():
+                    raise LostWorkerError(reply.error.reason)
+                replies[places[reply.metadata.reply_to_message_id]] = self._checked(reply.content)
+                on_done(set(replies))
+            if len(replies) < len(contents) and self._stop.wait(POLL):
+                raise StoppedError
+        return [replies[place] for place in range(len(contents))]
+
+    def _checked(self, content: RecordDict) -> RecordDict:
+        if "failure" in content.config_records:
+            failure = content.config_records["failure"]
+            trace = f"\n{failure['trace']}" if failure["trace"] else ""
+            raise ClientError(f"{failure['where']}: {failure['error']}{trace}")
+        outcome = content.config_records["outcome"]
+        self._peaks[int(outcome["pid"])] = int(outcome["peak"])  # type: ignore[arg-type]
+        return content
+
+
+@dataclass
+class Run:
+    """A run under way: what the engine starts from, and starts again from after a lost worker.
+
+    Attributes:
+        job: what to run.
+        weights: the global weights after the last finished round.
+        state: the strategy's state after it.
+        on_round: called after every round.
+        on_clients: called with (clients done, clients of the cohort) during a round.
+        on_status: called with what is going on before the first round or after a loss.
+        finished: the last finished round.
+        attempts: how often the engine was started.
+        peak_memory: sum of the workers' peak resident memory in bytes.
+        pids: process ids of the workers.
+    """
+
+    job: Job
+    weights: Weights
+    state: State
+    on_round: Callable[[Round], None]
+    on_clients: Callable[[int, int], None]
+    on_status: Callable[[str], None]
+    finished: int = 0
+    attempts: int = 0
+    peak_memory: int = 0
+    pids: Sequence[int] = ()
+
+    @property
+    def done(self) -> bool:
+        """Whether the last round is finished."""
+        return self.finished >= self.job.schedule.rounds
+
+
+def server_app(
+    run: Run, folder: Path | None, stop: threading.Event, failures: list[Exception]
+) -> ServerApp:
+    """Return the ServerApp that takes `run` from its last finished round to its end.
+
+    What goes wrong is put into `failures` rather than raised: Flower would print it first.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        run.attempts += 1
+        workers = GridWorkers(run.job, grid, folder, stop, run.on_clients, run.attempts)
+        try:
+            workers.start(run.weights)
+            run.pids = workers.pids
+            job = run.job
+            rounds = run_rounds(
+                job.schedule, job.strategy, workers, run.weights, run.state, run.finished
+            )
+            for finished in rounds:
+                run.weights, run.state = finished.weights, finished.state
+                run.finished = finished.number
+                run.pids, run.peak_memory = workers.pids, workers.peak_memory
+                run.on_round(finished)
+        except Exception as error:
+            failures.append(error)
+
+    return app
+
+
+def _in_order(bundles: list[list[int]], parts: Iterable[Sequence[T]]) -> list[T]:
+    """Undo the cut: put each bundle's items back in their places."""
+    items = {
+        place: item
+        for bundle, part in zip(bundles, parts, strict=True)
+        for place, item in zip(bundle, part, strict=True)
+    }
+    return [items[place] for place in range(len(items))]
+
+
+def _outcomes(reply: RecordDict) -> list[Outcome]:
+    record = reply.config_records["outcome"]
+    columns = zip(record["examples"], record["loss_sum"], record["correct"], strict=True)  # type: ignore[arg-type]
+    return [Outcome(int(n), float(loss), int(hits)) for n, loss, hits in columns]
+
+
+def _floats(reply: RecordDict, name: str) -> list[float]:
+    return list(map(float, reply.config_records["outcome"][name]))  # type: ignore[arg-type]

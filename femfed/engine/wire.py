@@ -1,0 +1,231 @@
+"""Weights and updates to and from Flower records, by reference or by value.
+
+By reference (one machine): weights lie in one file and every worker's running sum in another, in the
+run's own folder in shared memory; messages hold only names and numbers. By value: they travel inside
+the Flower messages. Both give the same bits, because sums are exact (`client.GRID`).
+"""
+
+import dataclasses
+import importlib
+import json
+import mmap
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import DTypeLike, NDArray
+
+from femfed import UserError
+
+SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "femfed-"
+_CHUNK = 65_536  # numbers summed at a time: the temporaries stay in the core's second-level cache
+
+Vector = NDArray[np.float32]
+FloatSum = NDArray[np.float64]
+
+
+def describe(thing: Any) -> dict[str, Any]:
+    """Return a femfed dataclass as plain JSON values; `construct` makes it again."""
+    fields = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing)}
+    return {"type": f"{type(thing).__module__}.{type(thing).__qualname__}", "fields": fields}
+
+
+def construct(description: dict[str, Any]) -> Any:
+    """Make the dataclass that `describe` described; only femfed's own are made.
+
+    Raises:
+        ValueError: the description names anything but a dataclass of femfed.
+    """
+    module, _, name = description["type"].rpartition(".")
+    if not module.startswith("femfed."):
+        raise ValueError(f"will not construct {description['type']}; expected a type of femfed")
+    made = getattr(importlib.import_module(module), name)
+    if not (isinstance(made, type) and dataclasses.is_dataclass(made)):
+        raise ValueError(f"will not construct {description['type']}; expected a dataclass")
+    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in description["fields"].items()}
+    return made(**frozen)
+
+
+def to_json(**parts: Any) -> str:
+    """Return the one line a worker is told everything with; workers cache what it builds by it."""
+    return json.dumps(parts, sort_keys=True)
+
+
+class SharedFolder:
+    """The run's own folder for what travels by reference, removed at the end.
+
+    Args:
+        fallback: folder to use where shared memory is absent or too small.
+        size: bytes that will be needed at most.
+    """
+
+    def __init__(self, fallback: Path, size: int) -> None:
+        _remove_abandoned()
+        roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > size
+        place = SHARED_MEMORY if roomy and os.access(SHARED_MEMORY, os.W_OK) else fallback
+        self.path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=place))
+
+    def __enter__(self) -> "SharedFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _remove_abandoned() -> None:
+    """Remove the folders of runs that were killed before they could."""
+    for folder in SHARED_MEMORY.glob(f"{PREFIX}*-*"):
+        owner = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if owner.isdecimal() and not Path("/proc", owner).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def mapped(path: Path, size: int, dtype: DTypeLike, *, create: bool = False) -> NDArray[Any]:
+    """Map `size` numbers of a shared file; a file made here has its pages reserved.
+
+    Reserving them turns a full shared memory into an error here, where it can be reported, instead
+    of a bus error in the middle of a round.
+
+    Raises:
+        UserError: there is not enough room.
+    """
+    length = max(1, size * np.dtype(dtype).itemsize)
+    with path.open("w+b" if create else "r+b") as file:
+        if create:
+            try:
+                os.posix_fallocate(file.fileno(), 0, length)
+            except OSError as error:
+                raise UserError(
+                    f"no room for {length / 2**20:.0f} MiB in {path.parent} ({error.strerror}); "
+                    "free some, or ask for fewer workers with engine.workers=N"
+                ) from error
+        return np.frombuffer(mmap.mmap(file.fileno(), length), dtype, count=size)
+
+
+class Outbox:
+    """The driver's end: hands out weights and takes in sums and single updates.
+
+    Args:
+        folder: where shared files lie, None to send everything by value.
+        parameters: length of the weight vector.
+    """
+
+    def __init__(self, folder: Path | None, parameters: int) -> None:
+        self._folder, self._parameters = folder, parameters
+        self._files: dict[str, NDArray[Any]] = {}
+        if folder is not None:
+            self._files["weights"] = mapped(
+                folder / "weights", parameters, np.float32, create=True
+            )
+
+    def publish(self, weights: Vector) -> RecordDict:
+        """Return what every message carries so that a worker can load `weights`."""
+        if self._folder is None:
+            return RecordDict({"weights": ArrayRecord([weights])})
+        self._files["weights"][:] = weights
+        return RecordDict({"folder": ConfigRecord({"path": str(self._folder)})})
+
+    def reserve_updates(self, clients: int) -> None:
+        """Make room for `clients` single updates, for strategies that do not average."""
+        if self._folder is not None and "updates" not in self._files:
+            self._files["updates"] = mapped(
+                self._folder / "updates", clients * self._parameters, np.float32, create=True
+            )
+
+    def mean(self, replies: list[RecordDict], examples: int) -> Vector:
+        """Return the exact sum of all weighted deltas behind `replies`, divided once."""
+        sums = self._sums(replies)
+        mean = np.empty(self._parameters, np.float32)
+        for start in range(0, self._parameters, _CHUNK):
+            piece = slice(start, start + _CHUNK)
+            total = sums[0][piece].copy()
+            for part in sums[1:]:
+                total += part[piece]
+            mean[piece] = total / examples
+        return mean
+
+    def _sums(self, replies: list[RecordDict]) -> list[FloatSum]:
+        if self._folder is None:
+            return [_only_array(reply, "total") for reply in replies]
+        names = sorted({str(reply.config_records["sum"]["file"]) for reply in replies})
+        for name in names:
+            if name not in self._files:
+                self._files[name] = mapped(self._folder / name, self._parameters, np.float64)
+        return [self._files[name] for name in names]
+
+    def updates(self, replies: list[RecordDict], slots: list[list[int]]) -> NDArray[np.float32]:
+        """Return the cohort's single updates, `[clients, parameters]`; `slots` per reply."""
+        clients = sum(map(len, slots))
+        if self._folder is not None:
+            return self._files["updates"].reshape(-1, self._parameters)[:clients]
+        updates = np.empty((clients, self._parameters), np.float32)
+        for reply, rows in zip(replies, slots, strict=True):
+            updates[rows] = _only_array(reply, "updates")
+        return updates
+
+
+class Inbox:
+    """A worker's end, kept from message to message.
+
+    Args:
+        parameters: length of the weight vector.
+    """
+
+    def __init__(self, parameters: int) -> None:
+        self._parameters = parameters
+        self._folder = ""
+        self._files: dict[str, NDArray[Any]] = {}
+
+    def weights(self, content: RecordDict) -> Vector:
+        """Return the weights a message carries or points to."""
+        if "weights" in content.array_records:
+            return _only_array(content, "weights")
+        return self._map(content, "weights", self._parameters, np.float32)
+
+    def sum(self, content: RecordDict) -> tuple[FloatSum, bool]:
+        """Return the array to fold into, and whether it lives on between messages."""
+        if "weights" in content.array_records:
+            return np.empty(self._parameters), False
+        return self._map(content, f"sum-{os.getpid()}", self._parameters, np.float64), True
+
+    def put_sum(self, reply: RecordDict, total: FloatSum, *, lives_on: bool) -> None:
+        """Put `total`, or its file's name, into the reply."""
+        if lives_on:
+            reply["sum"] = ConfigRecord({"file": f"sum-{os.getpid()}"})
+        else:
+            reply["total"] = ArrayRecord([total])
+
+    def put_updates(
+        self, content: RecordDict, reply: RecordDict, updates: NDArray[np.float32], slots: list[int]
+    ) -> None:
+        """Put single updates, `[clients, parameters]`, into the reply or into their shared rows."""
+        if "weights" in content.array_records:
+            reply["updates"] = ArrayRecord([updates])
+            return
+        rows = self._path(content, "updates").stat().st_size // (4 * self._parameters)
+        shared = self._map(content, "updates", rows * self._parameters, np.float32)
+        shared.reshape(rows, self._parameters)[slots] = updates
+
+    def _path(self, content: RecordDict, name: str) -> Path:
+        return Path(str(content.config_records["folder"]["path"])) / name
+
+    def _map(
+        self, content: RecordDict, name: str, size: int, dtype: DTypeLike
+    ) -> NDArray[Any]:
+        path = self._path(content, name)
+        if str(path.parent) != self._folder:  # another run: let go of the last one's files
+            self._folder = str(path.parent)
+            self._files.clear()
+        if name not in self._files:
+            self._files[name] = mapped(path, size, dtype, create=not path.exists())
+        return self._files[name]
+
+
+def _only_array(record: RecordDict, name: str) -> NDArray[Any]:
+    (array,) = record.array_records[name].to_numpy_ndarrays()
+    return array

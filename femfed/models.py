@@ -1,0 +1,141 @@
+"""The models of the FEMNIST literature: frozen specs with `.build(seed) -> keras.Model`.
+
+Every model takes `[n, 28, 28, 1]` float32 pixels in 0..1 (white background 1.0, as FEMNIST is
+published) and returns 62 logits. Initial weights are seeded layer by layer from the run's seed,
+dropout anew for every client (`client.py`); Keras' global generator is never drawn from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import keras
+from keras import layers
+
+from femfed import UserError
+from femfed.seeds import generator
+
+CLASSES = 62
+
+
+class Model(Protocol):
+    """What `conf/model/NAME.yaml` builds."""
+
+    def build(self, seed: int) -> keras.Model:
+        """Return a fresh model whose initial weights depend on `seed` alone."""
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise UserError(f"model.{name}={value}; expected {expected}")
+
+
+def _sequential(name: str, seed: int, stack: Sequence[layers.Layer]) -> keras.Model:
+    """Chain `stack` behind the input, each layer seeded by its place in the chain."""
+    for place, layer in enumerate(stack):
+        if hasattr(layer, "kernel_initializer"):
+            draw = int(generator(seed, "initial weights", client=place).integers(2**31))
+            layer.kernel_initializer = keras.initializers.GlorotUniform(seed=draw)
+    return keras.Sequential([keras.Input((28, 28, 1)), *stack], name=name)
+
+
+@dataclass(frozen=True)
+class CNN:
+    """The CNN with dropout of the EMNIST experiments of Adaptive Federated Optimization.
+
+    Two 3x3 convolutions (32 and 64 filters, no padding, ReLU), max-pooling, dropout, Dense 128
+    ReLU, dropout, Dense 62: 1,206,590 parameters.
+
+    Source: S. Reddi, Z. Charles, M. Zaheer et al., "Adaptive Federated Optimization", ICLR 2021,
+    https://arxiv.org/abs/2003.00295
+
+    Attributes:
+        dropout: rate behind the pooling, in [0, 1).
+        dense_dropout: rate behind the hidden dense layer, in [0, 1).
+    """
+
+    dropout: float
+    dense_dropout: float
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 <= rate < 1")
+        _require(0 <= self.dense_dropout < 1, "dense_dropout", self.dense_dropout, "0 <= rate < 1")
+
+    def build(self, seed: int) -> keras.Model:
+        """Return the model with initial weights drawn from `seed`."""
+        return _sequential(
+            "cnn",
+            seed,
+            [
+                layers.Conv2D(32, 3, activation="relu"),
+                layers.Conv2D(64, 3, activation="relu"),
+                layers.MaxPooling2D(2),
+                layers.Dropout(self.dropout, seed=0),
+                layers.Flatten(),
+                layers.Dense(128, activation="relu"),
+                layers.Dropout(self.dense_dropout, seed=0),
+                layers.Dense(CLASSES),
+            ],
+        )
+
+
+@dataclass(frozen=True)
+class PooledCNN:
+    """The CNN of LEAF and of the original FedAvg paper, which differ in the dense layer's width.
+
+    Two rounds of 5x5 convolution (32, then 64 filters, same padding, ReLU) and max-pooling, Dense
+    ReLU, Dense 62: 6,603,710 parameters with 2048 units (LEAF, and the homework this grew from),
+    1,690,046 with 512 (FedAvg).
+
+    Sources: S. Caldas et al., "LEAF: A Benchmark for Federated Settings", 2018,
+    https://arxiv.org/abs/1812.01097; B. McMahan et al., "Communication-Efficient Learning of Deep
+    Networks from Decentralized Data", AISTATS 2017, https://arxiv.org/abs/1602.05629
+
+    Attributes:
+        units: width of the hidden dense layer.
+    """
+
+    units: int
+
+    def __post_init__(self) -> None:
+        _require(self.units >= 1, "units", self.units, "at least 1")
+
+    def build(self, seed: int) -> keras.Model:
+        """Return the model with initial weights drawn from `seed`."""
+        return _sequential(
+            "pooled_cnn",
+            seed,
+            [
+                layers.Conv2D(32, 5, padding="same", activation="relu"),
+                layers.MaxPooling2D(2),
+                layers.Conv2D(64, 5, padding="same", activation="relu"),
+                layers.MaxPooling2D(2),
+                layers.Flatten(),
+                layers.Dense(self.units, activation="relu"),
+                layers.Dense(CLASSES),
+            ],
+        )
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Dense layers only: FedAvg's 2NN with two hidden layers of 200, logistic regression with none.
+
+    199,262 parameters for the 2NN, 48,670 for logistic regression.
+
+    Source: B. McMahan et al., "Communication-Efficient Learning of Deep Networks from
+    Decentralized Data", AISTATS 2017, https://arxiv.org/abs/1602.05629
+
+    Attributes:
+        units: widths of the hidden layers, each followed by ReLU.
+    """
+
+    units: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _require(all(width >= 1 for width in self.units), "units", self.units, "at least 1 each")
+
+    def build(self, seed: int) -> keras.Model:
+        """Return the model with initial weights drawn from `seed`."""
+        hidden = [layers.Dense(width, activation="relu") for width in self.units]
+        return _sequential("dense", seed, [layers.Flatten(), *hidden, layers.Dense(CLASSES)])
