@@ -37,7 +37,10 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"round_{checkpoint.round:06d}.npz"
-    lists = {"weights": checkpoint.weights, **{f"state/{k}": v for k, v in checkpoint.state.items()}}
+    lists = {
+        "weights": checkpoint.weights,
+        **{f"state/{k}": v for k, v in checkpoint.state.items()},
+    }
     arrays = {f"{name}/{i}": array for name, each in lists.items() for i, array in enumerate(each)}
     lengths = {name: len(each) for name, each in lists.items()}
     about = json.dumps({"round": checkpoint.round, "lists": lengths}).encode()

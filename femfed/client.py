@@ -2,8 +2,8 @@
 
 A worker process holds one `LocalTraining`. Its functions are traced once, for writers of every
 size, and the whole of a client's training runs in one call: nothing returns to Python between
-batches. What a client computes is a function of (global weights, writer, seed, round, client) and of
-nothing else, neither of the worker nor of who was trained before.
+batches. What a client computes is a function of (global weights, writer, seed, round, client) and
+of nothing else, neither of the worker nor of who was trained before.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,10 +21,11 @@ from femfed.models import Model
 from femfed.seeds import generator
 from femfed.strategies.base import Strategy, Weights
 
-# A weighted delta is rounded to a multiple of 2**-30 by adding and subtracting this number: sums of
-# such multiples are exact in float64 while they stay below 2**22, and exact sums depend on no order.
+# A weighted delta is rounded to a multiple of 2**-30 by adding and subtracting GRID. Sums of such
+# multiples are exact in float64 while they stay below LARGEST_SUM: they depend on no order.
 GRID = 1.5 * 2.0**22
-LARGEST_TERM = 2.0**20
+LARGEST_SUM = 2.0**22
+_LARGEST_TERM = 2.0**21
 _CHUNK = 65_536  # elements folded at a time: the temporaries stay in the core's second-level cache
 _EVALUATION_BATCH = 512  # images; bounds the memory of a writer with thousands of them
 
@@ -186,9 +187,9 @@ class LocalTraining:
         weight, start = np.float64(examples), 0
         for delta in self._delta_chunks():
             # The sum of squares bounds every element, and is NaN or infinite if one of them is.
-            if not np.dot(delta, delta) * weight**2 < LARGEST_TERM**2:
+            if not np.dot(delta, delta) * weight**2 < _LARGEST_TERM**2:
                 raise DivergedError(
-                    f"the update holds NaN, infinity or numbers beyond {LARGEST_TERM:.0f} "
+                    f"the update holds NaN, infinity or numbers beyond {_LARGEST_TERM:.0f} "
                     "(times its examples)"
                 )
             term = self._term[: delta.size]
@@ -252,7 +253,8 @@ class LocalTraining:
             gradients = tape.gradient(loss, self._weights)
             if local.weight_decay:
                 gradients = [
-                    g + local.weight_decay * w for g, w in zip(gradients, self._weights, strict=True)
+                    g + local.weight_decay * w
+                    for g, w in zip(gradients, self._weights, strict=True)
                 ]
             gradients = self._strategy.correct_gradients(
                 gradients, self._weights, self._global_weights

@@ -21,7 +21,10 @@ from femfed import UserError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
-def _key(help: str, low: float | None = None, high: float | None = None, below: bool = False) -> Any:
+
+def _key(
+    help: str, low: float | None = None, high: float | None = None, below: bool = False
+) -> Any:
     """Declare a key: its help and the range of its value (`below`: high itself is excluded)."""
     bounds = {"help": help, "low": low, "high": high, "below": below}
     return field(default=MISSING, metadata=bounds)
@@ -44,7 +47,10 @@ class EvaluateConfig:
 
     every: int = _key("rounds between evaluations; the last round is always evaluated", 1)
     test_fraction: float = _key(
-        "share of a writer's images held out, where the dataset publishes no split", 0, 1, below=True
+        "share of a writer's images held out, where the dataset publishes no split",
+        0,
+        1,
+        below=True,
     )
     unseen_fraction: float = _key("share of all writers that never train", 0, 1, below=True)
 
@@ -157,8 +163,8 @@ def make(node: DictConfig, group: str) -> Any:
         raise UserError(f"{group}.{explain(error)}") from None
     except MissingMandatoryValue as error:
         raise UserError(f"{group}.{error.full_key} has no value; expected one") from None
-    assert isinstance(fields, dict)
-    return made(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    assert isinstance(fields, dict)  # a dataclass's
+    return made(**{str(k): tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 def explain(error: Exception) -> str:
@@ -183,7 +189,7 @@ def unknown(key: str) -> str:
     """Return the line that says that there is no such key, and which was probably meant."""
     known = _keys(Config, "")
     for path in CONF.glob("*/*.yaml"):
-        known += [f"{path.parent.name}.{name}" for name in OmegaConf.load(path)]
+        known += [f"{path.parent.name}.{name!s}" for name in OmegaConf.load(path)]
     close = difflib.get_close_matches(key, sorted(set(known)), n=1)
     hint = f"did you mean {close[0]}?" if close else "python simulate.py --help lists the keys"
     return f"unknown key {key}; {hint}"

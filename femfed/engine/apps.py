@@ -1,7 +1,7 @@
 """The Flower ServerApp and ClientApp.
 
-They live in this importable module because a worker process keeps a module's globals from message to
-message only if it imported the module. A worker builds its model and traces its functions once.
+They live in this importable module because a worker process keeps a module's globals from message
+to message only if it imported the module. A worker builds its model and traces its functions once.
 """
 
 import functools
@@ -106,29 +106,28 @@ client_app = ClientApp()
 @client_app.query()
 def ready(message: Message, context: Context) -> Message:
     """Build the worker before the first round; tell which process and which node this is."""
-    _worker(str(message.content.config_records["task"]["spec"]))
+    _worker(_task(message)["spec"])
     return _reply(message, context, {})
 
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
     """Train a bundle of clients one after the other and fold their updates."""
-    task = message.content.config_records["task"]
-    worker = _worker(str(task["spec"]))
+    task = _task(message)
+    worker = _worker(task["spec"])
     training = worker.training
-    worker.load(message.content, str(task["version"]))
+    worker.load(message.content, task["version"])
     total, lives_on = worker.inbox.sum(message.content)
-    round = int(task["round"])  # type: ignore[arg-type]
-    fresh = worker.begins(str(task["attempt"])) or not lives_on
+    fresh = worker.begins(task["attempt"]) or not lives_on
     outcomes: list[Outcome] = []
     seconds: list[float] = []
-    bundle, slots = _integers(task["clients"]), _integers(task["slots"])
+    bundle = task["clients"]
     updates = np.empty((0 if worker.strategy.averages else len(bundle), training.parameters), "f4")
-    for place, (client, index) in enumerate(zip(bundle, _integers(task["writers"]), strict=True)):
+    for place, (client, index) in enumerate(zip(bundle, task["writers"], strict=True)):
         start = time.perf_counter()
         writer = worker.writer(index)
         try:
-            outcome = training.train(writer, round, client)
+            outcome = training.train(writer, task["round"], client)
             if worker.strategy.averages:
                 training.fold(outcome.examples, total, first=fresh and not outcomes)
             else:
@@ -141,19 +140,18 @@ def train(message: Message, context: Context) -> Message:
     if worker.strategy.averages:
         worker.inbox.put_sum(reply.content, total, lives_on=lives_on)
     else:
-        worker.inbox.put_updates(message.content, reply.content, updates, slots)
+        worker.inbox.put_updates(message.content, reply.content, updates, task["slots"])
     return reply
 
 
 @client_app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the global weights on a bundle of writers, one after the other."""
-    task = message.content.config_records["task"]
-    worker = _worker(str(task["spec"]))
-    worker.load(message.content, str(task["version"]))
+    task = _task(message)
+    worker = _worker(task["spec"])
+    worker.load(message.content, task["version"])
     outcomes: list[Outcome] = []
-    everything = _integers(task["whole"])
-    for index, whole in zip(_integers(task["writers"]), everything, strict=True):
+    for index, whole in zip(task["writers"], task["whole"], strict=True):
         writer = worker.writer(index)
         rows = np.arange(len(writer.labels), dtype=np.int32) if whole else writer.test
         outcomes.append(worker.training.evaluate(writer, rows))
@@ -167,11 +165,13 @@ def _reply(message: Message, context: Context, columns: dict[str, list[Any]]) ->
 
 
 def _failed(message: Message, writer: Writer, client: int, error: Exception) -> Message:
-    where = f"client {client} (writer {writer.name}, number {writer.number}, "
-    where += f"subject number {writer.subject_number})"
+    line = (
+        f"client {client} (writer {writer.name}, number {writer.number}, subject number "
+        f"{writer.subject_number}): {error or repr(error)}"
+    )
     trace = "" if isinstance(error, DivergedError) else traceback.format_exc()
-    record = ConfigRecord({"where": where, "error": str(error) or repr(error), "trace": trace})
-    return Message(RecordDict({"failure": record}), reply_to=message)
+    failure = ConfigRecord({"error": line, "trace": trace})
+    return Message(RecordDict({"failure": failure}), reply_to=message)
 
 
 def _columns(outcomes: Sequence[Outcome]) -> dict[str, list[Any]]:
@@ -182,8 +182,8 @@ def _columns(outcomes: Sequence[Outcome]) -> dict[str, list[Any]]:
     }
 
 
-def _integers(value: Any) -> list[int]:
-    return [int(item) for item in value]
+def _task(message: Message) -> dict[str, Any]:
+    return dict(message.content.config_records["task"])
 
 
 # The driver's side -----------------------------------------------------------------------------
@@ -240,7 +240,6 @@ class Job:
         train = len(cut(np.ones(self.schedule.clients_per_round), self.workers, self.bundle))
         return max(train, len(cut(np.ones(len(self.evaluated)), self.workers, None)))
 
-
     def shared_bytes(self, parameters: int) -> int:
         """Bytes that travel by reference at most: weights, a sum per worker, single updates."""
         updates = 0 if self.strategy.averages else self.schedule.clients_per_round
@@ -250,9 +249,9 @@ class Job:
 def cut(sizes: NDArray[Any], workers: int, bundle: int | None) -> list[list[int]]:
     """Cut items into bundles, largest items first; return each bundle's positions.
 
-    Without a fixed `bundle` size, every bundle is half of a worker's fair share of what is left: the
-    first ones are long, so messages are few, and the last ones are short, so that all workers finish
-    together. How the cut falls changes no result, because sums are exact (`client.GRID`).
+    Without a fixed `bundle` size, every bundle is half of a worker's fair share of what is left:
+    the first ones are long, so messages are few, and the last ones are short, so that all workers
+    finish together. How the cut falls changes no result: sums are exact (`client.GRID`).
     """
     order = np.argsort(-sizes, kind="stable").tolist()
     if bundle is not None:
@@ -318,7 +317,7 @@ class GridWorkers:
         task = {"spec": self._job.spec}
         contents = [RecordDict({"task": ConfigRecord({**task})}) for _ in self._nodes]
         replies = self._exchange("query", contents, lambda done: None)
-        partitions = [int(r.config_records["outcome"]["partition"]) for r in replies]  # type: ignore[arg-type]
+        partitions = [_outcome(reply)["partition"] for reply in replies]
         # Flower hands messages to workers in the order of its partitions.
         self._nodes = [node for _, node in sorted(zip(partitions, self._nodes, strict=True))]
 
@@ -346,7 +345,7 @@ class GridWorkers:
             lambda done: self._on_clients(sum(sizes[i] for i in done), len(cohort)),
         )
         outcomes = _in_order(bundles, [_outcomes(reply) for reply in replies])
-        seconds = _in_order(bundles, [_floats(reply, "seconds") for reply in replies])
+        seconds = _in_order(bundles, [_outcome(reply)["seconds"] for reply in replies])
         if job.strategy.averages:
             examples = sum(outcome.examples for outcome in outcomes)
             delta: Weights = unflatten(self._outbox.mean(replies, examples), self._shapes)
@@ -426,11 +425,10 @@ class GridWorkers:
 
     def _checked(self, content: RecordDict) -> RecordDict:
         if "failure" in content.config_records:
-            failure = content.config_records["failure"]
-            trace = f"\n{failure['trace']}" if failure["trace"] else ""
-            raise ClientError(f"{failure['where']}: {failure['error']}{trace}")
-        outcome = content.config_records["outcome"]
-        self._peaks[int(outcome["pid"])] = int(outcome["peak"])  # type: ignore[arg-type]
+            failure: dict[str, Any] = dict(content.config_records["failure"])
+            raise ClientError("\n".join(filter(None, [failure["error"], failure["trace"]])))
+        outcome = _outcome(content)
+        self._peaks[outcome["pid"]] = outcome["peak"]
         return content
 
 
@@ -509,11 +507,11 @@ def _in_order(bundles: list[list[int]], parts: Iterable[Sequence[T]]) -> list[T]
     return [items[place] for place in range(len(items))]
 
 
+def _outcome(reply: RecordDict) -> dict[str, Any]:
+    return dict(reply.config_records["outcome"])
+
+
 def _outcomes(reply: RecordDict) -> list[Outcome]:
-    record = reply.config_records["outcome"]
-    columns = zip(record["examples"], record["loss_sum"], record["correct"], strict=True)  # type: ignore[arg-type]
-    return [Outcome(int(n), float(loss), int(hits)) for n, loss, hits in columns]
-
-
-def _floats(reply: RecordDict, name: str) -> list[float]:
-    return list(map(float, reply.config_records["outcome"][name]))  # type: ignore[arg-type]
+    outcome = _outcome(reply)
+    columns = zip(outcome["examples"], outcome["loss_sum"], outcome["correct"], strict=True)
+    return [Outcome(*sums) for sums in columns]

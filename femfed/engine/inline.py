@@ -7,7 +7,9 @@ from pathlib import Path
 from uuid import uuid4
 
 from flwr.app import Context, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
+from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
 from femfed.engine.apps import Run, client_app, server_app
@@ -34,13 +36,14 @@ class InlineGrid(Grid):
         }
         self._messages: dict[str, Message] = {}
 
-    def set_run(self, run: object) -> None:
-        """Ignore the run: there is one."""
+    def set_run(self, run: FlowerRun) -> None:
+        """Refuse: there is no run that Flower would know of."""
+        raise NotImplementedError
 
     @property
-    def run(self) -> object:
-        """There is no Flower run to tell of."""
-        return None
+    def run(self) -> FlowerRun:
+        """Refuse: there is no run that Flower would know of."""
+        raise NotImplementedError
 
     def create_message(self, *_: object, **__: object) -> Message:
         """Refuse: Flower deprecates this call in favour of `Message(...)`."""
@@ -50,7 +53,7 @@ class InlineGrid(Grid):
         """Return the node ids, 1 to n."""
         return list(self._contexts)
 
-    def get_nodes(self) -> Iterable[object]:
+    def get_nodes(self) -> Iterable[NodeInfo]:
         """Return no details: a node here has none."""
         return []
 
@@ -77,7 +80,9 @@ class InlineGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Answer all messages."""
-        return [reply for name in self.push_messages(messages) for reply in self.pull_messages([name])]
+        return [
+            reply for name in self.push_messages(messages) for reply in self.pull_messages([name])
+        ]
 
 
 def run(run: Run, folder: Path) -> None:

@@ -29,8 +29,8 @@ OBJECT_STORE = 128 * 2**20  # bytes; enough for messages that hold names and num
 def run(run: Run, folder: Path) -> None:
     """Take `run` to its end on Flower's Ray-backed engine.
 
-    A worker that dies ends the engine, not the run: the engine starts again and runs the round again
-    with the same result, because a round is a pure function of (weights, state, round, seed).
+    A worker that dies ends the engine, not the run: the engine starts again and runs the round
+    again with the same result, because a round is a pure function of (weights, state, round, seed).
 
     Args:
         run: what to run.

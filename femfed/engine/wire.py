@@ -1,8 +1,8 @@
 """Weights and updates to and from Flower records, by reference or by value.
 
-By reference (one machine): weights lie in one file and every worker's running sum in another, in the
-run's own folder in shared memory; messages hold only names and numbers. By value: they travel inside
-the Flower messages. Both give the same bits, because sums are exact (`client.GRID`).
+By reference (one machine): weights lie in one file and every worker's running sum in another, in
+the run's own folder in shared memory; messages hold only names and numbers. By value: they travel
+inside the Flower messages. Both give the same bits, because sums are exact (`client.GRID`).
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import DTypeLike, NDArray
 
 from femfed import UserError
+from femfed.client import LARGEST_SUM, DivergedError
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "femfed-"
@@ -119,9 +120,7 @@ class Outbox:
         self._folder, self._parameters = folder, parameters
         self._files: dict[str, NDArray[Any]] = {}
         if folder is not None:
-            self._files["weights"] = mapped(
-                folder / "weights", parameters, np.float32, create=True
-            )
+            self._files["weights"] = mapped(folder / "weights", parameters, np.float32, create=True)
 
     def publish(self, weights: Vector) -> RecordDict:
         """Return what every message carries so that a worker can load `weights`."""
@@ -146,6 +145,11 @@ class Outbox:
             total = sums[0][piece].copy()
             for part in sums[1:]:
                 total += part[piece]
+            if not np.abs(total).max() < LARGEST_SUM:
+                raise DivergedError(
+                    f"the cohort's weighted updates sum up beyond {LARGEST_SUM:.0f}: the run diverged; "
+                    "try a smaller local.learning_rate"
+                )
             mean[piece] = total / examples
         return mean
 
@@ -214,9 +218,7 @@ class Inbox:
     def _path(self, content: RecordDict, name: str) -> Path:
         return Path(str(content.config_records["folder"]["path"])) / name
 
-    def _map(
-        self, content: RecordDict, name: str, size: int, dtype: DTypeLike
-    ) -> NDArray[Any]:
+    def _map(self, content: RecordDict, name: str, size: int, dtype: DTypeLike) -> NDArray[Any]:
         path = self._path(content, name)
         if str(path.parent) != self._folder:  # another run: let go of the last one's files
             self._folder = str(path.parent)

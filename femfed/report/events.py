@@ -4,7 +4,7 @@ import math
 import os
 from pathlib import Path
 
-from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
+from tensorboardX import SummaryWriter
 
 from femfed.report.files import Row
 
