@@ -16,15 +16,21 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import hydra
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from femfed import UserError, checkpoint, config
+from femfed import Stopped, UserError, checkpoint, config
+
+if TYPE_CHECKING:  # TensorFlow, Flower and Ray take seconds to import: mistakes are told before
+    from femfed.data.store import WriterStore
+    from femfed.engine.rounds import Federation, Round
+    from femfed.report.progress import Progress
 
 LIBRARIES = ("femfed", "flwr", "ray", "tensorflow", "keras", "numpy", "hydra-core")
 started = time.perf_counter()
@@ -36,157 +42,189 @@ config.register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def simulate(cfg: DictConfig) -> None:
     """Run one federation as `cfg` says; in a sweep, a run that fails leaves the others be."""
+    global started
     folder = Path(HydraConfig.get().runtime.output_dir)
     choices = HydraConfig.get().runtime.choices
     try:
         config.check(cfg)
-        run_one(cfg, folder, strategy=choices["strategy"], model=choices["model"])
+        run_one(cfg, folder, choices["strategy"], choices["model"])
     except UserError as error:
         shutil.rmtree(folder)  # nothing ran: only Hydra's notes are in it
         exit_codes.append(fail(str(error), 2))
+    started = time.perf_counter()  # of a sweep's next run
 
 
-def run_one(cfg: DictConfig, folder: Path, strategy: str, model: str) -> None:
+def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) -> None:
     """Build what `cfg` describes, run it, and leave the results in `folder`."""
-    global started
-    dataset = config.make(cfg.dataset, "dataset")
-    algorithm = config.make(cfg.strategy, "strategy")
-    title = f"{dataset.name}, {strategy}, {model}, {cfg.clients} clients, seed {cfg.seed}"
+    from femfed.engine.rounds import Schedule, draw_federation
     from femfed.report.progress import Progress
 
+    dataset = config.make(cfg.dataset, "dataset")
+    strategy = config.make(cfg.strategy, "strategy")
+    model = config.make(cfg.model, "model")
+    title = f"{dataset.name}, {strategy_name}, {model_name}, {cfg.clients} clients, seed {cfg.seed}"
+    about = {"dataset": dataset.name, "strategy": strategy_name, "model": model_name}
+    about |= {key: cfg[key] for key in ("clients", "clients_per_round", "rounds", "seed")}
     with (
-        noise_to(folder / "simulate.log"),
-        Progress(cfg.rounds, title, sys.stdout.isatty(), cfg.list_clients) as progress,
+        noise_to(folder / "simulate.log") as stdout,
+        Progress(cfg.rounds, title, stdout.isatty(), cfg.list_clients, stdout) as progress,
     ):
         progress.status(f"opening the dataset {dataset.name}")
         wanted = round(cfg.clients / (1 - cfg.evaluate.unseen_fraction))
         store = dataset.store(Path(cfg.cache).expanduser(), wanted)
-
-        from femfed.client import Local
-        from femfed.engine import apps, rounds
-        from femfed.report.events import Events
-        from femfed.report.files import RunFiles
-        from femfed.report.plots import plot_curves, plot_writers
-
-        trainable = np.flatnonzero(store.train_examples != 0)
-        unseen_fraction = cfg.evaluate.unseen_fraction
-        federation = rounds.draw_federation(cfg.seed, trainable, cfg.clients, unseen_fraction)
-        spec = config.make(cfg.model, "model")
-        built = spec.build(cfg.seed)
-        weights = built.get_weights()
-        parameters = built.count_params()
-        inline = cfg.engine.kind == "inline"
-        job = apps.Job(
-            model=spec,
-            strategy=algorithm,
-            local=Local(**OmegaConf.to_container(cfg.local)),
-            schedule=rounds.Schedule(
-                seed=cfg.seed,
-                rounds=cfg.rounds,
-                clients=cfg.clients,
-                clients_per_round=cfg.clients_per_round,
-                evaluate_every=cfg.evaluate.every,
-            ),
-            federation=federation,
-            store=store,
-            test_fraction=cfg.evaluate.test_fraction,
-            workers=1 if inline else cfg.engine.workers or len(os.sched_getaffinity(0)),
-            bundle=cfg.engine.bundle,
-            by_value=cfg.engine.wire == "value",
-        )
         if store.skipped_writers:
             progress.message(f"{store.skipped_writers} writers without images are left out")
-        expected = round(unseen_fraction * len(trainable))
-        if len(federation.unseen) < expected:
+        trainable = np.flatnonzero(store.train_examples != 0)
+        federation = draw_federation(cfg.seed, trainable, cfg.clients, cfg.evaluate.unseen_fraction)
+        unseen = round(cfg.evaluate.unseen_fraction * len(trainable))
+        if len(federation.unseen) < unseen:
             progress.message(
-                f"{len(federation.unseen)} unseen writers instead of {expected}: "
+                f"{len(federation.unseen)} unseen writers instead of {unseen}: "
                 f"clients={cfg.clients} of {len(trainable)} writers leaves no more"
             )
-        files = RunFiles(folder)
-        seconds = {"total": 0.0, "startup": 0.0, "train": 0.0, "evaluate": 0.0, "overhead": 0.0}
-        last: list[rounds.Round] = []
+        by_value = cfg.engine.wire == "value"
+        workers = cfg.engine.workers or len(os.sched_getaffinity(0))
+        if cfg.engine.kind == "inline":
+            from femfed.engine.inline import InlineEngine
 
-        with Events(folder) as events:
+            choice: Any = InlineEngine()
+        else:
+            from femfed.engine.ray import RayEngine
 
-            def on_round(finished: rounds.Round) -> None:
-                if not last:
-                    seconds["startup"] = time.perf_counter() - started - finished.seconds_total
-                last[:] = [finished]
-                row = rounds.row(finished, parameters)
-                clients = rounds.client_rows(finished, federation, store, parameters)
-                seconds["train"] += finished.seconds_train
-                seconds["evaluate"] += finished.seconds_evaluate
-                files.append_clients(clients)
-                files.append_round(row)
-                events.append_round(row)
-                if finished.number % cfg.checkpoint.every == 0 or finished.number == cfg.rounds:
-                    now = checkpoint.Checkpoint(finished.number, finished.weights, finished.state)
-                    checkpoint.save(folder / "checkpoint", now)
-                progress.round(row, clients)
+            choice = RayEngine(workers, by_value)
+        progress.status(f"starting {choice.workers} workers")
+        with choice as engine:
+            from femfed.client import Local
+            from femfed.engine.apps import Job, Run
 
-            progress.status(f"starting {job.workers} workers")
-            run = apps.Run(
+            keras_model = model.build(cfg.seed)
+            weights = keras_model.get_weights()
+            results = Results(folder, store, federation, progress, cfg.checkpoint.every)
+            job = Job(
+                model=model,
+                strategy=strategy,
+                local=Local(**cfg.local),
+                schedule=Schedule(
+                    seed=cfg.seed,
+                    rounds=cfg.rounds,
+                    clients=cfg.clients,
+                    clients_per_round=cfg.clients_per_round,
+                    evaluate_every=cfg.evaluate.every,
+                ),
+                federation=federation,
+                store=store,
+                test_fraction=cfg.evaluate.test_fraction,
+                workers=engine.workers,
+                bundle=cfg.engine.bundle,
+                by_value=by_value,
+            )
+            run = Run(
                 job=job,
                 weights=weights,
-                state=algorithm.init(weights),
-                on_round=on_round,
+                state=strategy.init(weights),
+                on_round=results.on_round,
                 on_clients=progress.clients_done,
                 on_status=progress.message,
             )
-            if inline:
-                from femfed.engine import inline as engine
-            else:
-                from femfed.engine import ray as engine
             engine.run(run, folder)
+        keras_model.set_weights(run.weights)
+        keras_model.save(folder / "model.keras")
+        results.finish(title, about, run.weights, run.peak_memory)
+    print(f"results in {os.path.relpath(folder)}")
 
-        final = rounds.row(last[0], parameters)
-        built.set_weights(run.weights)
-        built.save(folder / "model.keras")
-        files.write_writers(rounds.writer_rows(last[0], federation, store))
-        plot_curves(folder, title)
-        plot_writers(folder, title)
-        seconds["total"] = time.perf_counter() - started
-        parts = seconds["startup"] + seconds["train"] + seconds["evaluate"]
-        seconds["overhead"] = seconds["total"] - parts
+
+class Results:
+    """Writes what a run leaves, round by round and at its end.
+
+    Args:
+        folder: where.
+        store: the writers' names and coordinates.
+        federation: which of them take part.
+        progress: the display.
+        checkpoint_every: rounds between checkpoints.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        store: "WriterStore",
+        federation: "Federation",
+        progress: "Progress",
+        checkpoint_every: int,
+    ) -> None:
+        from femfed.report.events import Events
+        from femfed.report.files import RunFiles
+
+        self._folder, self._store, self._federation = folder, store, federation
+        self._progress, self._checkpoint_every = progress, checkpoint_every
+        self._files, self._events = RunFiles(folder), Events(folder)
+        self._seconds = {"total": 0.0, "startup": 0.0, "train": 0.0, "evaluate": 0.0}
+        self._last: Round | None = None
+
+    def on_round(self, finished: "Round") -> None:
+        """Write one round."""
+        from femfed.engine import rounds
+
+        if self._last is None:
+            self._seconds["startup"] = time.perf_counter() - started - finished.seconds_total
+        self._last = finished
+        self._seconds["train"] += finished.seconds_train
+        self._seconds["evaluate"] += finished.seconds_evaluate
+        row = rounds.row(finished)
+        clients = rounds.client_rows(finished, self._federation, self._store)
+        self._files.append_clients(clients)
+        self._files.append_round(row)
+        self._events.append_round(row)
+        if finished.number % self._checkpoint_every == 0 or finished.seen is not None:
+            now = checkpoint.Checkpoint(finished.number, finished.weights, finished.state)
+            checkpoint.save(self._folder / "checkpoint", now)
+        self._progress.round(row, clients)
+
+    def finish(
+        self, title: str, about: dict[str, Any], weights: list[Any], workers_peak: int
+    ) -> None:
+        """Write what is known at the end only."""
+        from femfed.engine import rounds
+        from femfed.report.plots import plot_curves, plot_writers
+
+        assert self._last is not None
+        self._events.close()
+        final = rounds.row(self._last)
+        self._files.write_writers(rounds.writer_rows(self._last, self._federation, self._store))
+        plot_curves(self._folder, title)
+        plot_writers(self._folder, title)
+        seconds = {**self._seconds, "total": time.perf_counter() - started}
+        seconds["overhead"] = 2 * seconds["total"] - sum(seconds.values())
         own_peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        files.write_summary(
+        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        self._files.write_summary(
             {
-                "dataset": dataset.name,
-                "strategy": strategy,
-                "model": model,
-                "clients": cfg.clients,
-                "clients_per_round": cfg.clients_per_round,
-                "rounds": cfg.rounds,
-                "seed": cfg.seed,
-                "weights_sha256": checkpoint.sha256(run.weights),
+                **about,
+                "weights_sha256": checkpoint.sha256(weights),
                 "test_loss": final["test_loss"],
                 "test_accuracy": final["test_accuracy"],
                 "unseen_accuracy": final["unseen_accuracy"],
                 "seconds": seconds,
-                "peak_memory_mb": (own_peak + (0 if inline else run.peak_memory)) / 1e6,
-                "versions": {
-                    "python": platform.python_version(),
-                    **{name: importlib.metadata.version(name) for name in LIBRARIES},
-                },
+                "peak_memory_mb": (own_peak + workers_peak) / 1e6,
+                "versions": {"python": platform.python_version(), **versions},
             }
         )
-    print(f"results in {os.path.relpath(folder)}")
-    started = time.perf_counter()
 
 
 @contextlib.contextmanager
-def noise_to(path: Path) -> Iterator[None]:
-    """Send what TensorFlow, Ray and their native code write to stderr to a file of the run."""
+def noise_to(path: Path) -> Iterator[TextIO]:
+    """Send what TensorFlow, Ray and their native code print to a file; yield the real stdout."""
+    stdout = sys.stdout
     sys.stderr.flush()
     terminal = os.dup(2)
-    with path.open("ab") as file:
+    with path.open("a", buffering=1) as file, contextlib.redirect_stdout(file):
         os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(terminal, 2)
-        os.close(terminal)
+        try:
+            yield stdout
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
 
 
 def fail(message: str, code: int) -> int:
@@ -202,7 +240,9 @@ def main() -> None:
         simulate()
     except (HydraException, OmegaConfBaseException) as error:
         exit_codes.append(fail(config.explain(error), 2))
-    except KeyboardInterrupt:
+    except Stopped as stopped:
+        exit_codes.append(fail("stopped", 128 + stopped.signal))
+    except KeyboardInterrupt:  # before the engine took the signal over
         exit_codes.append(fail("stopped", 130))
     sys.exit(max(exit_codes, default=0))
 

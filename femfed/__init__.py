@@ -23,3 +23,15 @@ class UserError(ValueError):
 
     `simulate.py` prints it without a traceback and exits with code 2.
     """
+
+
+class Stopped(BaseException):  # no Exception: a sweep stops as a whole
+    """The run was stopped by a signal.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal

@@ -19,7 +19,7 @@ from femfed import UserError
 from femfed.data.store import Rows, Writer
 from femfed.models import Model
 from femfed.seeds import generator
-from femfed.strategies.base import Strategy, Weights
+from femfed.strategies.base import Outcome, Strategy, Weights
 
 # A weighted delta is rounded to a multiple of 2**-30 by adding and subtracting GRID. Sums of such
 # multiples are exact in float64 while they stay below LARGEST_SUM: they depend on no order.
@@ -49,21 +49,6 @@ class Local:
     learning_rate: float
     momentum: float
     weight_decay: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What training or evaluating one writer came to: sums over images, never means.
-
-    Attributes:
-        examples: images trained on or evaluated.
-        loss_sum: cross-entropy summed over the images (in training: over the last local epoch).
-        correct: images classified correctly.
-    """
-
-    examples: int
-    loss_sum: float
-    correct: int
 
 
 class DivergedError(ArithmeticError):

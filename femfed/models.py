@@ -1,4 +1,4 @@
-"""The models of the FEMNIST literature: frozen specs with `.build(seed) -> keras.Model`.
+"""The models of the FEMNIST literature: frozen specs with `.build(seed) -> "keras.Model"`.
 
 Every model takes `[n, 28, 28, 1]` float32 pixels in 0..1 (white background 1.0, as FEMNIST is
 published) and returns 62 logits. Initial weights are seeded layer by layer from the run's seed,
@@ -10,13 +10,13 @@ pixels as they are, which works, but starts slowly: most inputs are 1.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import keras
-from keras import layers
+from typing import TYPE_CHECKING, Protocol
 
 from femfed import UserError
 from femfed.seeds import generator
+
+if TYPE_CHECKING:  # Keras takes seconds to import: only who builds a model waits for it
+    import keras
 
 CLASSES = 62
 
@@ -24,7 +24,7 @@ CLASSES = 62
 class Model(Protocol):
     """What `conf/model/NAME.yaml` builds."""
 
-    def build(self, seed: int) -> keras.Model:
+    def build(self, seed: int) -> "keras.Model":
         """Return a fresh model whose initial weights depend on `seed` alone."""
 
 
@@ -33,13 +33,17 @@ def _require(ok: bool, name: str, value: object, expected: str) -> None:
         raise UserError(f"model.{name}={value}; expected {expected}")
 
 
-def _sequential(name: str, seed: int, invert: bool, stack: Sequence[layers.Layer]) -> keras.Model:
+def _sequential(
+    name: str, seed: int, invert: bool, stack: Sequence["keras.Layer"]
+) -> "keras.Model":
     """Chain `stack` behind the input, each layer seeded by its place in the chain."""
+    import keras
+
     for place, layer in enumerate(stack):
         if hasattr(layer, "kernel_initializer"):
             draw = int(generator(seed, "initial weights", client=place).integers(2**31))
             layer.kernel_initializer = keras.initializers.GlorotUniform(seed=draw)
-    first = [layers.Rescaling(-1.0, offset=1.0)] if invert else []
+    first = [keras.layers.Rescaling(-1.0, offset=1.0)] if invert else []
     return keras.Sequential([keras.Input((28, 28, 1)), *first, *stack], name=name)
 
 
@@ -67,8 +71,10 @@ class CNN:
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 <= rate < 1")
         _require(0 <= self.dense_dropout < 1, "dense_dropout", self.dense_dropout, "0 <= rate < 1")
 
-    def build(self, seed: int) -> keras.Model:
+    def build(self, seed: int) -> "keras.Model":
         """Return the model with initial weights drawn from `seed`."""
+        from keras import layers
+
         return _sequential(
             "cnn",
             seed,
@@ -109,8 +115,10 @@ class PooledCNN:
     def __post_init__(self) -> None:
         _require(self.units >= 1, "units", self.units, "at least 1")
 
-    def build(self, seed: int) -> keras.Model:
+    def build(self, seed: int) -> "keras.Model":
         """Return the model with initial weights drawn from `seed`."""
+        from keras import layers
+
         return _sequential(
             "pooled_cnn",
             seed,
@@ -147,8 +155,10 @@ class Dense:
     def __post_init__(self) -> None:
         _require(all(width >= 1 for width in self.units), "units", self.units, "at least 1 each")
 
-    def build(self, seed: int) -> keras.Model:
+    def build(self, seed: int) -> "keras.Model":
         """Return the model with initial weights drawn from `seed`."""
+        from keras import layers
+
         hidden = [layers.Dense(width, activation="relu") for width in self.units]
         return _sequential(
             "dense", seed, self.invert, [layers.Flatten(), *hidden, layers.Dense(CLASSES)]

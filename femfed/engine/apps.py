@@ -22,12 +22,12 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
-from femfed.client import DivergedError, Local, LocalTraining, Outcome, flatten, unflatten
+from femfed.client import DivergedError, Local, LocalTraining, flatten, unflatten
 from femfed.data.store import Writer, WriterStore
 from femfed.engine.rounds import Federation, Round, Schedule, Trained, Writers, run_rounds
 from femfed.engine.wire import Inbox, Outbox, construct, describe, to_json
 from femfed.models import Model
-from femfed.strategies.base import State, Strategy, Update, Weights
+from femfed.strategies.base import Outcome, State, Strategy, Update, Weights
 
 POLL = 0.005  # seconds between two looks for replies
 
@@ -44,18 +44,6 @@ class LostWorkerError(RuntimeError):
 
 class StoppedError(RuntimeError):
     """The run was asked to stop; seen by the ServerApp's thread."""
-
-
-class Stopped(BaseException):
-    """The run was stopped by a signal; no `Exception`, so that a sweep stops as a whole.
-
-    Attributes:
-        signal: its number.
-    """
-
-    def __init__(self, signal: int) -> None:
-        super().__init__(signal)
-        self.signal = signal
 
 
 # The worker's side -----------------------------------------------------------------------------
@@ -240,11 +228,6 @@ class Job:
         train = len(cut(np.ones(self.schedule.clients_per_round), self.workers, self.bundle))
         return max(train, len(cut(np.ones(len(self.evaluated)), self.workers, None)))
 
-    def shared_bytes(self, parameters: int) -> int:
-        """Bytes that travel by reference at most: weights, a sum per worker, single updates."""
-        updates = 0 if self.strategy.averages else self.schedule.clients_per_round
-        return parameters * (4 + 8 * self.workers + 4 * updates)
-
 
 def cut(sizes: NDArray[Any], workers: int, bundle: int | None) -> list[list[int]]:
     """Cut items into bundles, largest items first; return each bundle's positions.
@@ -353,7 +336,7 @@ class GridWorkers:
             vectors = self._outbox.updates(replies, bundles)
             delta = job.strategy.aggregate(
                 [
-                    Update(int(c), unflatten(v, self._shapes), o.examples, o.loss_sum, o.correct)
+                    Update(o.examples, o.loss_sum, o.correct, int(c), unflatten(v, self._shapes))
                     for c, v, o in zip(cohort, vectors, outcomes, strict=True)
                 ]
             )
@@ -459,6 +442,13 @@ class Run:
     attempts: int = 0
     peak_memory: int = 0
     pids: Sequence[int] = ()
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes that travel by reference at most: weights, a sum per worker, single updates."""
+        updates = 0 if self.job.strategy.averages else self.job.schedule.clients_per_round
+        parameters = sum(layer.size for layer in self.weights)
+        return parameters * (4 + 8 * self.job.workers + 4 * updates)
 
     @property
     def done(self) -> bool:

@@ -85,24 +85,34 @@ class InlineGrid(Grid):
         ]
 
 
-def run(run: Run, folder: Path) -> None:
-    """Take `run` to its end in this process.
+class InlineEngine:
+    """Runs everything in this process; a context manager like the engines that have workers."""
 
-    Args:
-        run: what to run.
-        folder: the run's folder, used where shared memory is absent.
-    """
-    job = run.job
-    parameters = sum(layer.size for layer in run.weights)
-    with contextlib.ExitStack() as stack:
-        shared = None
-        if not job.by_value:
-            shared = stack.enter_context(SharedFolder(folder, job.shared_bytes(parameters))).path
-        failures: list[Exception] = []
-        app = server_app(run, shared, threading.Event(), failures)
-        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
-        # Flower's own engines name the task before they call the ServerApp; messages ask for it.
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
-        app(grid=InlineGrid(job.nodes), context=context)
-        if failures:
-            raise failures[0]
+    workers = 1
+
+    def __enter__(self) -> "InlineEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self, run: Run, folder: Path) -> None:
+        """Take `run` to its end.
+
+        Args:
+            run: what to run.
+            folder: the run's folder, used where shared memory is absent.
+        """
+        with contextlib.ExitStack() as stack:
+            shared = None
+            if not run.job.by_value:
+                shared = stack.enter_context(SharedFolder(folder, run.shared_bytes)).path
+            failures: list[Exception] = []
+            app = server_app(run, shared, threading.Event(), failures)
+            nothing = RecordDict()
+            context = Context(run_id=1, node_id=0, node_config={}, state=nothing, run_config={})
+            # Flower's own engines name the task before they call the ServerApp; messages ask for it
+            TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
+            app(grid=InlineGrid(run.job.nodes), context=context)
+            if failures:
+                raise failures[0]

@@ -1,6 +1,7 @@
 """Flower's Ray-backed simulation engine: the only file that touches `ray` or `flwr.simulation`."""
 
 import contextlib
+import importlib
 import logging
 import os
 import shutil
@@ -11,76 +12,107 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from femfed.engine.apps import (
-    LostWorkerError,
-    Run,
-    Stopped,
-    StoppedError,
-    client_app,
-    server_app,
-)
-from femfed.engine.wire import SharedFolder
+from femfed import Stopped
+
+if TYPE_CHECKING:
+    from femfed.engine.apps import Run
 
 RESTARTS = 3  # of the engine in a row without a finished round in between
 OBJECT_STORE = 128 * 2**20  # bytes; enough for messages that hold names and numbers
 
 
-def run(run: Run, folder: Path) -> None:
-    """Take `run` to its end on Flower's Ray-backed engine.
+class RayEngine:
+    """Workers in processes of their own, started when entered and ended when left.
 
     A worker that dies ends the engine, not the run: the engine starts again and runs the round
     again with the same result, because a round is a pure function of (weights, state, round, seed).
 
     Args:
-        run: what to run.
-        folder: the run's folder, used where shared memory is absent.
-
-    Raises:
-        Stopped: SIGINT or SIGTERM asked the run to stop.
-        LostWorkerError: the engine was started `RESTARTS` times more and still lost workers.
+        workers: worker processes, one TensorFlow thread each.
+        by_value: whether weights travel inside the messages, which takes a larger object store.
     """
-    job = run.job
-    parameters = sum(layer.size for layer in run.weights)
-    lost_at, losses = -1, 0
-    with contextlib.ExitStack() as stack:
-        stop, signals = stack.enter_context(_stoppable(run))
-        shared = None
-        if not job.by_value:
-            shared = stack.enter_context(SharedFolder(folder, job.shared_bytes(parameters))).path
-        while not run.done:
-            try:
-                _once(run, shared, stop)
-            except StoppedError:
-                raise Stopped(signals[0]) from None
-            except LostWorkerError as error:
-                losses = losses + 1 if lost_at == run.finished else 1
-                lost_at = run.finished
-                if losses > RESTARTS:
-                    raise
-                reason = str(error).splitlines()[0]
-                run.on_status(f"lost a worker in round {run.finished + 1}, runs it again: {reason}")
+
+    def __init__(self, workers: int, by_value: bool) -> None:
+        self.workers = workers
+        self._object_store = None if by_value else OBJECT_STORE
+        self._cluster = contextlib.ExitStack()
+
+    def __enter__(self) -> "RayEngine":
+        # TensorFlow and Flower take seconds to import, Ray takes seconds to start: do both at once.
+        imports = threading.Thread(target=_import)
+        imports.start()
+        self._start()
+        imports.join()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cluster.close()
+
+    def _start(self) -> None:
+        self._cluster.enter_context(_ray(self.workers, self._object_store))
+
+    def run(self, run: "Run", folder: Path) -> None:
+        """Take `run` to its end.
+
+        Args:
+            run: what to run.
+            folder: the run's folder, used where shared memory is absent.
+
+        Raises:
+            Stopped: SIGINT or SIGTERM asked the run to stop.
+            LostWorkerError: workers were lost again and again without a finished round in between.
+        """
+        from femfed.engine.apps import LostWorkerError, StoppedError
+        from femfed.engine.wire import SharedFolder
+
+        lost_at, losses = -1, 0
+        with contextlib.ExitStack() as stack:
+            stop, signals = stack.enter_context(_stoppable(run))
+            shared = None
+            if not run.job.by_value:
+                shared = stack.enter_context(SharedFolder(folder, run.shared_bytes)).path
+            while not run.done:
+                try:
+                    _simulate(run, shared, stop)
+                except StoppedError:
+                    raise Stopped(signals[0]) from None
+                except LostWorkerError as error:
+                    losses = losses + 1 if lost_at == run.finished else 1
+                    lost_at = run.finished
+                    if losses > RESTARTS:
+                        raise
+                    reason = str(error).splitlines()[0]
+                    run.on_status(f"lost a worker, runs round {run.finished + 1} again ({reason})")
+                    self._cluster.close()
+                    self._start()
 
 
-def _once(run: Run, shared: Path | None, stop: threading.Event) -> None:
-    """Start Ray and Flower, run until done, a loss or a stop, and end both."""
-    job = run.job
-    with _ray(job.workers, None if job.by_value else OBJECT_STORE), _quiet():
-        from flwr.simulation import run_simulation
+def _import() -> None:
+    for module in ("femfed.engine.apps", "flwr.simulation"):
+        importlib.import_module(module)
 
-        failures: list[Exception] = []
-        try:
-            run_simulation(
-                server_app=server_app(run, shared, stop, failures),
-                client_app=client_app,
-                num_supernodes=job.nodes,
-                backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
-            )
-        except BaseException:
-            stop.set()  # the engine itself failed: let the ServerApp's thread go
-            raise
-        if failures:
-            raise failures[0]
+
+def _simulate(run: "Run", shared: Path | None, stop: threading.Event) -> None:
+    """Run on Flower's engine until done, a loss or a stop; Flower ends Ray with it."""
+    from flwr.simulation import run_simulation
+
+    from femfed.engine.apps import client_app, server_app
+
+    failures: list[Exception] = []
+    try:
+        run_simulation(
+            server_app=server_app(run, shared, stop, failures),
+            client_app=client_app,
+            num_supernodes=run.job.nodes,
+            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+        )
+    except BaseException:
+        stop.set()  # the engine itself failed: let the ServerApp's thread go
+        raise
+    if failures:
+        raise failures[0]
 
 
 @contextlib.contextmanager
@@ -89,12 +121,17 @@ def _ray(workers: int, object_store: int | None) -> Iterator[None]:
     # Read when ray is imported: it makes Ray take the loopback address as this node's, so that its
     # servers listen there and nowhere else (Ray resolves a loopback `_node_ip_address` away).
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # Ray's 15 would let every other program go first
     import ray
 
     temporary = tempfile.mkdtemp(prefix="femfed-ray-")
     python_path = os.environ.get("PYTHONPATH")
     # Workers import femfed as this process does, wherever it is started from.
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    # Flower logs what reaches the user as our own errors.
+    flower = logging.getLogger("flwr")
+    level = flower.level
+    flower.setLevel(logging.CRITICAL + 1)
     try:
         ray.init(
             address="local",
@@ -110,6 +147,7 @@ def _ray(workers: int, object_store: int | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        flower.setLevel(level)
         if python_path is None:
             del os.environ["PYTHONPATH"]
         else:
@@ -118,21 +156,7 @@ def _ray(workers: int, object_store: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Flower's log to itself: what matters of it reaches the user as our own errors."""
-    logger = logging.getLogger("flwr")
-    level, propagate = logger.level, logger.propagate
-    logger.setLevel(logging.CRITICAL + 1)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        logger.propagate = propagate
-
-
-@contextlib.contextmanager
-def _stoppable(run: Run) -> Iterator[tuple[threading.Event, list[int]]]:
+def _stoppable(run: "Run") -> Iterator[tuple[threading.Event, list[int]]]:
     """Turn SIGINT and SIGTERM into an event the ServerApp sees; a second one ends at once.
 
     Yields the event and the list that receives the signal's number.

@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from femfed import UserError
-from femfed.client import Outcome
 from femfed.data.store import WriterStore
 from femfed.seeds import generator
-from femfed.strategies.base import State, Strategy, Weights
+from femfed.strategies.base import Outcome, State, Strategy, Weights
 
 Writers = NDArray[np.int64]
 
@@ -197,7 +196,7 @@ def spread(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
     }
 
 
-def row(finished: Round, parameters: int) -> dict[str, Any]:
+def row(finished: Round) -> dict[str, Any]:
     """Return a round as a row of rounds.csv.
 
     Bytes are those a client of a real federation would exchange: the weights down, as many numbers
@@ -207,7 +206,7 @@ def row(finished: Round, parameters: int) -> dict[str, Any]:
     seen, unseen = finished.seen or (), finished.unseen or ()
     test_loss, test_accuracy = pooled(seen)
     unseen_loss, unseen_accuracy = pooled(unseen)
-    exchanged = 4 * parameters * len(finished.cohort)
+    exchanged = _bytes(finished) * len(finished.cohort)
     return {
         "round": finished.number,
         "train_loss": train_loss,
@@ -231,7 +230,7 @@ def row(finished: Round, parameters: int) -> dict[str, Any]:
 
 
 def client_rows(
-    finished: Round, federation: Federation, store: WriterStore, parameters: int
+    finished: Round, federation: Federation, store: WriterStore
 ) -> list[dict[str, Any]]:
     """Return a round's clients as rows of clients.csv."""
     rows = []
@@ -249,8 +248,8 @@ def client_rows(
                 "train_loss": train_loss,
                 "train_accuracy": train_accuracy,
                 "seconds": seconds,
-                "bytes_up": 4 * parameters,
-                "bytes_down": 4 * parameters,
+                "bytes_up": _bytes(finished),
+                "bytes_down": _bytes(finished),
             }
         )
     return rows
@@ -278,6 +277,10 @@ def writer_rows(
             }
         )
     return rows
+
+
+def _bytes(finished: Round) -> int:
+    return sum(layer.nbytes for layer in finished.weights)
 
 
 def _identity(store: WriterStore, index: int) -> dict[str, Any]:

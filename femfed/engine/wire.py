@@ -147,8 +147,8 @@ class Outbox:
                 total += part[piece]
             if not np.abs(total).max() < LARGEST_SUM:
                 raise DivergedError(
-                    f"the cohort's weighted updates sum up beyond {LARGEST_SUM:.0f}: the run diverged; "
-                    "try a smaller local.learning_rate"
+                    f"the cohort's weighted updates sum up beyond {LARGEST_SUM:.0f}: the run "
+                    "diverged; try a smaller local.learning_rate"
                 )
             mean[piece] = total / examples
         return mean

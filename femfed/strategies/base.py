@@ -12,22 +12,31 @@ State = dict[str, Weights]
 
 
 @dataclass(frozen=True)
-class Update:
-    """What a client sends back: sums, never means.
+class Outcome:
+    """What training or evaluating one writer came to: sums over images, never means.
+
+    Attributes:
+        examples: images trained on or evaluated.
+        loss_sum: cross-entropy summed over the images (in training: over the last local epoch).
+        correct: images classified correctly.
+    """
+
+    examples: int
+    loss_sum: float
+    correct: int
+
+
+@dataclass(frozen=True)
+class Update(Outcome):
+    """What a client sends back.
 
     Attributes:
         client: which client of the federation.
         delta: local minus global weights.
-        examples: images trained on.
-        loss_sum: training loss summed over the images, in the last local epoch.
-        correct: images classified correctly during that epoch.
     """
 
     client: int
     delta: Weights
-    examples: int
-    loss_sum: float
-    correct: int
 
 
 @dataclass(frozen=True)
