@@ -46,10 +46,12 @@ def simulate(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     choices = HydraConfig.get().runtime.choices
     try:
+        if (folder / "rounds.csv").exists():
+            raise UserError(f"{folder} holds a run already; give another hydra.run.dir")
         config.check(cfg)
         run_one(cfg, folder, choices["strategy"], choices["model"])
     except UserError as error:
-        shutil.rmtree(folder)  # nothing ran: only Hydra's notes are in it
+        discard(folder)
         exit_codes.append(fail(str(error), 2))
     started = time.perf_counter()  # of a sweep's next run
 
@@ -225,6 +227,17 @@ def noise_to(path: Path) -> Iterator[TextIO]:
             sys.stderr.flush()
             os.dup2(terminal, 2)
             os.close(terminal)
+
+
+def discard(folder: Path) -> None:
+    """Remove the folder of a run that was refused; what is not of that run stays."""
+    if (folder / "rounds.csv").exists():
+        return
+    shutil.rmtree(folder / ".hydra", ignore_errors=True)
+    (folder / "simulate.log").unlink(missing_ok=True)
+    for empty in (folder, folder.parent):
+        with contextlib.suppress(OSError):
+            empty.rmdir()
 
 
 def fail(message: str, code: int) -> int:

@@ -36,7 +36,8 @@ Doubles = NDArray[np.float64]
 # A point is two digits, x and y: x grows to the right, y upwards from the baseline 0 over the
 # x-height 5 to the capitals' height 9; a, b, c, d are 1 to 4 below the baseline. A blank joins two
 # points by a straight line, ~ by a curve, a point twice over is a corner between two curves and /
-# lifts the pen.
+# lifts the pen. So `07~39~67~44~00 60` is a 2: over the top and down to the left in one curve, then
+# straight to the right.
 ALLOGRAPHS = """
 0  37~06~03~30~63~55~37 *5, 28~06~03~30~63~66~48~28 *3, 48~28~06~02~20~52~65~58~38 *2
 0  26~04~02~20~43~46~26 *2, 37~06~03~30~63~66~37 / 11 57 *1
@@ -150,7 +151,7 @@ z  05 45 00 40 *3, 05 45 00 40 / 12 32 *1, 04~25~44~12 12~30~3b~1d~0c *1
 """
 
 DIGIT_SHARE = 0.5
-LETTER_FREQUENCIES = {  # per thousand letters, as uneven as FEMNIST's
+LETTER_FREQUENCIES = {  # against each other, about as uneven as FEMNIST's
     "A": 20, "B": 11, "C": 29, "D": 12, "E": 14, "F": 24, "G": 6, "H": 9, "I": 38, "J": 11,
     "K": 6, "L": 14, "M": 29, "N": 25, "O": 74, "P": 25, "Q": 6, "R": 15, "S": 62, "T": 34,
     "U": 46, "V": 13, "W": 15, "X": 8, "Y": 12, "Z": 8, "a": 30, "b": 15, "c": 8, "d": 30,
@@ -159,7 +160,7 @@ LETTER_FREQUENCIES = {  # per thousand letters, as uneven as FEMNIST's
     "z": 8,
 }  # fmt: skip
 
-HEIGHTS = "dcba0123456789"
+HEIGHTS = "dcba0123456789"  # what y may be, from the lowest
 
 STATURE = {  # height against the box above, where writers depart from it
     "0": 0.9, "1": 0.87, "2": 0.88, "3": 0.9, "4": 1.05, "5": 0.9, "6": 1.05, "7": 0.95,
@@ -428,14 +429,14 @@ def _trace(
 def _shape(
     labels: Bytes, x: Floats, y: Floats, hand: Hand, random: np.random.Generator
 ) -> tuple[Floats, Floats]:
-    """Give each character the writer's proportions, in pixels, and some of its own."""
+    """Bend each character and give it the writer's proportions: from units to pixels."""
     n = len(labels)
-    # Bent as a whole: a quadratic of the place in the box, zero at its centre.
+    # Bent as a whole, by a quadratic of the place in the box that is zero at its centre.
     across, up = (x - 3) / 4, (y - 4) / 4
     terms = np.stack([across * across, across * up, up * up])
     bend = _normal(random, 0.32 * hand.sloppiness, 2, 3, n, 1)
     x, y = x + (bend[0] * terms).sum(axis=0), y + (bend[1] * terms).sum(axis=0)
-    # Small letters: what stands over the x-height stretches as that sinks, ascenders stay.
+    # A lower x-height leaves a small letter's ascender its height.
     small = (labels >= SMALL)[:, None] & (y > 0)
     middle = 5 * hand.x_height
     raised = np.where(y < 5, y * hand.x_height, middle + (y - 5) * (9 - middle) / 4)
@@ -465,7 +466,7 @@ def _fit(coordinate: Floats, random: np.random.Generator) -> Floats:
     """Move each character's box to the middle of the image, as FEMNIST's are, or nearly."""
     low = coordinate.min(axis=1, keepdims=True)
     extent = coordinate.max(axis=1, keepdims=True) - low
-    shrink = np.minimum(1, (SIDE - 4) / extent)  # the rare giant
+    shrink = np.minimum(1, (SIDE - 4) / extent)  # only the rare giant
     start = (SIDE - 1 - extent * shrink) / 2 + _normal(random, 0.25, len(coordinate), 1)
     fitted: Floats = start + (coordinate - low) * shrink
     return fitted

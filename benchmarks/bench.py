@@ -1,0 +1,131 @@
+"""What the benchmarks share: writers of equal size, a job over them, and the floor beside it."""
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from femfed.client import Local, LocalTraining
+from femfed.data.store import Handwriting, WriterStore, stored
+from femfed.engine.apps import Job, Run
+from femfed.engine.rounds import Federation, Round, Schedule
+from femfed.models import CNN, Model, PooledCNN
+from femfed.strategies.base import Strategy
+from femfed.strategies.fedavg import FedAvg
+
+MODELS: dict[str, Model] = {
+    "cnn": CNN(invert=True, dropout=0.25, dense_dropout=0.5),
+    "leaf_cnn": PooledCNN(invert=True, units=2048),
+}
+LOCAL = Local(epochs=1, batch_size=20, learning_rate=0.01, momentum=0.0, weight_decay=0.0)
+EXAMPLES = 180  # images a client: nine batches of twenty
+CORES = len(os.sched_getaffinity(0))
+
+
+def equal_writers(cache: Path, writers: int) -> WriterStore:
+    """Return a store of writers with 180 images of noise each: the arithmetic is what is timed."""
+
+    def noise() -> Iterator[Handwriting]:
+        draw = np.random.default_rng(0)
+        for i in range(writers):
+            images = draw.integers(256, size=(EXAMPLES, 28, 28), dtype=np.uint8)
+            labels = draw.integers(62, size=EXAMPLES, dtype=np.uint8)
+            yield Handwriting(f"noise_{i}", i // 100, i % 100, images, labels, EXAMPLES)
+
+    return stored(cache, {"dataset": "noise", "writers": writers}, noise)
+
+
+def job(
+    store: WriterStore, model: Model, clients_per_round: int, rounds: int, workers: int = CORES
+) -> Job:
+    """Return a FedAvg job over `store` that evaluates only after its last round."""
+    nobody = np.zeros(0, np.int64)
+    return Job(
+        model=model,
+        strategy=FedAvg(),
+        local=LOCAL,
+        schedule=Schedule(0, rounds, len(store), clients_per_round, evaluate_every=rounds),
+        federation=Federation(np.arange(len(store)), nobody),
+        store=store,
+        test_fraction=0.1,
+        workers=workers,
+        bundle=None,
+        by_value=False,
+    )
+
+
+def run(job: Job, on_round: Callable[[Round], None]) -> Run:
+    """Return a run of `job` from fresh weights."""
+    weights = job.model.build(0).get_weights()
+    return Run(job, weights, {}, on_round, lambda done, cohort: None, print)
+
+
+@contextmanager
+def floor(job: Job) -> Iterator[Callable[[], float]]:
+    """Yield a function that trains one cohort without a federation and returns its seconds.
+
+    One single-threaded process per worker loops over its share of the cohort with the same compiled
+    epoch and adds up the weighted deltas in the graph; nothing is sent anywhere.
+    """
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(job.workers + 1)
+    processes = [
+        context.Process(target=_floor, args=(job, place, barrier), daemon=True)
+        for place in range(job.workers)
+    ]
+    for process in processes:
+        process.start()
+    barrier.wait()  # all models are built and traced
+
+    def train_once() -> float:
+        barrier.wait()
+        start = time.perf_counter()
+        barrier.wait()
+        return time.perf_counter() - start
+
+    try:
+        yield train_once
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _floor(job: Job, place: int, barrier: Barrier) -> None:
+    import tensorflow as tf
+
+    training = LocalTraining(job.model, Strategy(), job.local, 0)
+    weights = [variable.value for variable in training.model.trainable_variables]
+    start = [tf.Variable(weight) for weight in weights]
+    total = [tf.Variable(tf.zeros_like(weight)) for weight in weights]
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def fold(examples: Any) -> None:
+        for sums, weight, origin in zip(total, weights, start, strict=True):
+            sums.assign_add(examples * (weight - origin))
+
+    mine = range(place, job.schedule.clients_per_round, job.workers)
+    writers = [job.store.writer(index, job.test_fraction, 0) for index in mine]
+    training.train(writers[0], 0, 0)
+    fold(tf.constant(1.0))
+    barrier.wait()
+    round = 0
+    while True:
+        round += 1
+        barrier.wait()
+        for client, writer in zip(mine, writers, strict=True):
+            outcome = training.train(writer, round, client)
+            fold(tf.constant(float(outcome.examples)))
+        barrier.wait()
+
+
+def temporary_cache() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder for stores and runs, removed at the end."""
+    return tempfile.TemporaryDirectory(prefix="femfed-benchmark-")

@@ -1,0 +1,78 @@
+"""What a federated round costs above the bare compiled training of the same clients.
+
+    python -m benchmarks.overhead
+    python -m benchmarks.overhead --models cnn --clients 10 --rounds 20
+
+Prints, per model and cohort, the medians of: floor (one single-threaded process per core, same
+clients, same compiled epoch, weighted deltas added up, no federation), round (femfed on Flower's
+Ray-backed engine), and their ratio round by round; a floor round is run right after every round, so
+that both see the same machine. The quickstart column is the pattern of Flower's TensorFlow
+quickstart in the same run: a model built and fitted for every client message.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.bench import CORES, MODELS, equal_writers, floor, job, run, temporary_cache
+from femfed.engine.ray import RayEngine
+from femfed.engine.rounds import Round
+
+WARM_UP = 2  # rounds: the first traces, the second touches all memory
+
+
+def measure(model: str, clients: int, rounds: int, folder: Path) -> tuple[list[float], list[float]]:
+    """Return seconds of femfed's rounds and of the floor's, pair by pair."""
+    store = equal_writers(folder, clients)
+    work = job(store, MODELS[model], clients, rounds + WARM_UP + 1)
+    seconds: list[float] = []
+    bare: list[float] = []
+
+    with floor(work) as floor_round, RayEngine(CORES, by_value=False) as engine:
+
+        def on_round(finished: Round) -> None:
+            if WARM_UP < finished.number <= WARM_UP + rounds:
+                seconds.append(finished.seconds_total)
+                bare.append(floor_round())
+
+        engine.run(run(work, on_round), folder)
+    return seconds, bare
+
+
+def quickstart(model: str, clients: int, rounds: int) -> float:
+    """Return the median round of the quickstart pattern, run in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.quickstart", model, str(clients), str(rounds)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(np.median(json.loads(done.stdout.splitlines()[-1])))
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--clients", nargs="+", type=int, default=[10, 100])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quickstart-clients", nargs="*", type=int, default=[10])
+    options = parser.parse_args()
+    print(f"{CORES} cores, 180 images a client, batch 20, 1 epoch, {options.rounds} rounds each")
+    print("model      clients  floor s  round s  round/floor (min-max)     quickstart/round")
+    for model in options.models:
+        for clients in options.clients:
+            with temporary_cache() as folder:
+                rounds, bare = measure(model, clients, options.rounds, Path(folder))
+            ratios = np.array(rounds) / np.array(bare)
+            line = (
+                f"{model:<10} {clients:>7}  {np.median(bare):>7.3f}  {np.median(rounds):>7.3f}  "
+                f"{np.median(ratios):>11.3f} ({ratios.min():.3f}-{ratios.max():.3f})"
+            )
+            if clients in options.quickstart_clients:
+                line += f"  {quickstart(model, clients, 3) / np.median(rounds):>15.1f}"
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The pattern of Flower's TensorFlow quickstart: every client message builds a model and fits it.
+
+    python -m benchmarks.quickstart MODEL CLIENTS ROUNDS
+
+Prints the seconds of each round after the first as a JSON list. One actor per core, one TensorFlow
+thread each, which is its fastest setting here.
+"""
+
+import json
+import logging
+import sys
+import time
+
+import numpy as np
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+from benchmarks.bench import CORES, EXAMPLES, LOCAL, MODELS
+
+client_app = ClientApp()
+
+
+@client_app.train()
+def train(message: Message, context: Context) -> Message:
+    """Build, load, fit, reply."""
+    import keras
+
+    keras.backend.clear_session()
+    config = message.content.config_records["config"]
+    model = MODELS[str(config["model"])].build(0)
+    model.compile(
+        keras.optimizers.SGD(LOCAL.learning_rate),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    model.set_weights(message.content.array_records["arrays"].to_numpy_ndarrays())
+    draw = np.random.default_rng(0)
+    images = draw.random((EXAMPLES, 28, 28, 1), dtype=np.float32)
+    labels = draw.integers(62, size=EXAMPLES)
+    history = model.fit(images, labels, batch_size=LOCAL.batch_size, epochs=1, verbose=0)
+    metrics = MetricRecord({"num-examples": EXAMPLES, "loss": history.history["loss"][-1]})
+    content = RecordDict({"arrays": ArrayRecord(model.get_weights()), "metrics": metrics})
+    return Message(content, reply_to=message)
+
+
+def main(model: str, clients: int, rounds: int) -> list[float]:
+    """Return the seconds of each round but the first."""
+    from flwr.app import ConfigRecord
+    from flwr.simulation import run_simulation
+
+    ends: list[float] = []
+    server_app = ServerApp()
+
+    @server_app.main()
+    def serve(grid: Grid, context: Context) -> None:
+        strategy = FedAvg(fraction_evaluate=0.0, min_available_nodes=clients)
+        strategy.start(
+            grid=grid,
+            initial_arrays=ArrayRecord(MODELS[model].build(0).get_weights()),
+            num_rounds=rounds + 1,
+            train_config=ConfigRecord({"model": model}),
+            evaluate_fn=lambda round, arrays: ends.append(time.perf_counter()),
+        )
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    resources["init_args"] = {"num_cpus": CORES, "log_to_driver": False}  # type: ignore[assignment]
+    run_simulation(server_app, client_app, clients, backend_config=resources)
+    return list(np.diff(ends)[1:])
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

@@ -1,0 +1,382 @@
+"""The client: a plain loop written here is the truth for the compiled local epoch."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from femfed import UserError
+from femfed.client import DivergedError, Local, LocalTraining, flatten, unflatten
+from femfed.data.store import CLASSES, Writer
+from femfed.models import CNN, Dense, Model
+from femfed.seeds import generator
+from femfed.strategies.base import Strategy
+from femfed.strategies.fedavg import FedAvg
+from femfed.strategies.fedprox import FedProx
+
+SEED = 11
+PLAIN = Local(epochs=1, batch_size=20, learning_rate=0.1, momentum=0.0, weight_decay=0.0)
+LOGISTIC, TWO_LAYERS = Dense(True, ()), Dense(True, (200, 200))
+SIZES = (1, 19, 20, 21, 60)  # below, at and above a batch, and several batches
+
+
+def a_writer(examples: int, held_out: int = 0) -> Writer:
+    """A writer of noise, whose rows to train on are scattered among those held out."""
+    draw = np.random.default_rng(examples)
+    n = examples + held_out
+    rows = draw.permutation(n).astype(np.int32)
+    return Writer(
+        name=f"f{examples:04}_00",
+        number=0,
+        subject_number=0,
+        images=draw.integers(0, 256, (n, 28, 28), np.uint8),
+        labels=draw.integers(0, CLASSES, n, np.uint8),
+        train=np.sort(rows[:examples]),
+        test=np.sort(rows[examples:]),
+    )
+
+
+def make(
+    local: Local = PLAIN, model: Model = LOGISTIC, strategy: Strategy | None = None
+) -> LocalTraining:
+    return LocalTraining(model, strategy or FedAvg(), local, SEED)
+
+
+def delta_after(training: LocalTraining, *where: Any) -> np.ndarray:
+    """Train on (writer, round, client) and return what the client came to."""
+    training.train(*where)
+    vector = np.empty(training.parameters, np.float32)
+    training.delta(vector)
+    return vector
+
+
+def pixels(writer: Writer, rows: np.ndarray) -> np.ndarray:
+    return writer.images[rows, ..., np.newaxis].astype(np.float32) / np.float32(255)
+
+
+def by_hand(
+    spec: Model, local: Local, writer: Writer, round: int, client: int, proximal_mu: float = 0.0
+) -> tuple[np.ndarray, float, int]:
+    """Train step by step; decay and the proximal term stand in the loss, not in the gradient.
+
+    Returns:
+        the update as one vector; loss sum and correct images of the last epoch.
+    """
+    model = spec.build(SEED)
+    weights = model.trainable_variables
+    initial = [w.numpy() for w in weights]
+    optimizer = keras.optimizers.SGD(local.learning_rate, momentum=local.momentum)
+    cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
+    draw = generator(SEED, "batches", round, client)
+    for _ in range(local.epochs):
+        order, loss_sum, correct = draw.permutation(writer.train), 0.0, 0
+        for start in range(0, len(order), local.batch_size):
+            rows = order[start : start + local.batch_size]
+            labels = writer.labels[rows]
+            with tf.GradientTape() as tape:
+                logits = model(pixels(writer, rows), training=True)
+                batch_sum = cross_entropy(labels, logits)
+                loss = batch_sum / len(rows)
+                for w, w0 in zip(weights, initial, strict=True):
+                    loss += local.weight_decay / 2 * tf.reduce_sum(w.value**2)
+                    loss += proximal_mu / 2 * tf.reduce_sum((w.value - w0) ** 2)
+            optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+            loss_sum += float(batch_sum)
+            correct += int((np.argmax(logits, axis=-1) == labels).sum())
+    update = [w.numpy() - w0 for w, w0 in zip(weights, initial, strict=True)]
+    return flatten(update), loss_sum, correct
+
+
+# one trace
+
+
+def test_writers_of_every_size_share_one_trace() -> None:
+    training = make(replace(PLAIN, epochs=2))
+
+    for examples in (*SIZES, *SIZES):
+        writer = a_writer(examples, held_out=3)
+        training.train(writer, 1, examples)
+        training.evaluate(writer, writer.test)
+        training.evaluate(writer, writer.train)
+
+    assert training.traces == 1
+    assert training._evaluate.experimental_get_tracing_count() == 1
+
+
+# the mathematics
+
+
+@pytest.mark.parametrize(
+    ("model", "local"),
+    [
+        pytest.param(LOGISTIC, PLAIN, id="logistic"),
+        pytest.param(TWO_LAYERS, PLAIN, id="2nn"),
+        pytest.param(TWO_LAYERS, replace(PLAIN, epochs=2, batch_size=7), id="epochs"),
+        pytest.param(LOGISTIC, replace(PLAIN, epochs=2, momentum=0.9), id="momentum"),
+        pytest.param(TWO_LAYERS, replace(PLAIN, weight_decay=0.01), id="decay"),
+        pytest.param(
+            TWO_LAYERS, replace(PLAIN, epochs=2, momentum=0.5, weight_decay=0.1), id="both"
+        ),
+    ],
+)
+def test_training_equals_a_plain_loop(model: Model, local: Local) -> None:
+    writer = a_writer(45, held_out=5)  # two batches of 20 and one of 5
+    training = make(local, model)
+
+    outcome = training.train(writer, 3, 8)
+    vector = np.empty(training.parameters, np.float32)
+    training.delta(vector)
+
+    expected, loss_sum, correct = by_hand(model, local, writer, 3, 8)
+    np.testing.assert_allclose(vector, expected, atol=1e-6, rtol=0)
+    assert np.abs(expected).max() > 1e-3
+    assert (outcome.examples, outcome.correct) == (45, correct)
+    assert outcome.loss_sum == pytest.approx(loss_sum, rel=1e-5)
+
+
+@pytest.mark.parametrize("proximal_mu", [0.1, 1.0])
+def test_fedprox_equals_the_term_in_the_loss(proximal_mu: float) -> None:
+    writer, local = a_writer(45), replace(PLAIN, epochs=2)
+
+    vector = delta_after(make(local, TWO_LAYERS, FedProx(proximal_mu)), writer, 1, 2)
+
+    expected, _, _ = by_hand(TWO_LAYERS, local, writer, 1, 2, proximal_mu)
+    without, _, _ = by_hand(TWO_LAYERS, local, writer, 1, 2)
+    np.testing.assert_allclose(vector, expected, atol=1e-6, rtol=0)
+    assert np.linalg.norm(expected) < np.linalg.norm(without)
+
+
+@pytest.mark.parametrize(
+    "local", [PLAIN, replace(PLAIN, epochs=2, momentum=0.9, weight_decay=0.01)]
+)
+def test_fedprox_without_pull_is_fedavg(local: Local) -> None:
+    writer = a_writer(45)
+
+    prox = delta_after(make(local, strategy=FedProx(0.0)), writer, 1, 2)
+    average = delta_after(make(local, strategy=FedAvg()), writer, 1, 2)
+
+    assert np.array_equal(prox, average)
+
+
+def test_a_writer_with_nothing_to_train_on_changes_nothing() -> None:
+    training = make()
+
+    outcome = training.train(a_writer(0, held_out=3), 1, 0)
+    vector = np.ones(training.parameters, np.float32)
+    training.delta(vector)
+
+    assert (outcome.examples, outcome.loss_sum, outcome.correct) == (0, 0.0, 0)
+    assert not vector.any()
+
+
+# a client's result depends on nothing else
+
+
+@pytest.fixture(scope="module")
+def dropping() -> LocalTraining:
+    """A model with both of its dropout layers, momentum and two epochs."""
+    return make(replace(PLAIN, epochs=2, momentum=0.5), CNN(True, 0.25, 0.5))
+
+
+def test_who_was_trained_before_does_not_matter(dropping: LocalTraining) -> None:
+    writer = a_writer(21, held_out=4)
+    first = delta_after(dropping, writer, 2, 5)
+    delta_after(dropping, a_writer(60), 1, 4)
+    dropping.evaluate(writer, writer.test)
+
+    again = delta_after(dropping, writer, 2, 5)
+    elsewhere = delta_after(
+        make(replace(PLAIN, epochs=2, momentum=0.5), CNN(True, 0.25, 0.5)), writer, 2, 5
+    )
+
+    assert np.array_equal(first, again)
+    assert np.array_equal(first, elsewhere)
+
+
+@pytest.mark.parametrize(("round", "client"), [(3, 5), (2, 6), (5, 2)])
+def test_round_and_client_matter(dropping: LocalTraining, round: int, client: int) -> None:
+    writer = a_writer(21)
+
+    assert not np.array_equal(
+        delta_after(dropping, writer, 2, 5), delta_after(dropping, writer, round, client)
+    )
+
+
+def test_dropout_is_drawn_anew_for_every_client(dropping: LocalTraining) -> None:
+    """One image is one batch in any order: only the dropout can tell the clients apart."""
+    writer = a_writer(1)
+
+    assert not np.array_equal(
+        delta_after(dropping, writer, 2, 5), delta_after(dropping, writer, 2, 6)
+    )
+    without = make(model=CNN(True, 0.0, 0.0))
+    assert np.array_equal(delta_after(without, writer, 2, 5), delta_after(without, writer, 2, 6))
+
+
+def test_loaded_weights_are_where_training_begins() -> None:
+    training, writer = make(), a_writer(21)
+    initial = flatten(training.initial_weights())
+    first = delta_after(training, writer, 1, 0)
+
+    training.load(initial + first)
+    second = delta_after(training, writer, 1, 0)
+    training.load(initial)
+
+    assert not np.array_equal(first, second)
+    assert np.array_equal(first, delta_after(training, writer, 1, 0))
+
+
+# evaluation
+
+
+@pytest.mark.parametrize("examples", [1, 20, 1100])  # 1100: two batches of 512 and one of 76
+def test_evaluation_equals_keras(examples: int) -> None:
+    training, writer = make(), a_writer(2, held_out=examples)
+    weights = np.random.default_rng(0).normal(0, 0.1, training.parameters).astype(np.float32)
+    training.load(weights)
+    training.train(writer, 1, 0)  # leaves weights that are not to be evaluated
+
+    outcome = training.evaluate(writer, writer.test)
+
+    model = LOGISTIC.build(SEED)
+    model.set_weights(unflatten(weights, training.shapes))
+    logits = model.predict(pixels(writer, writer.test), verbose=0).astype(np.float64)
+    labels = writer.labels[writer.test]
+    highest = logits.max(axis=1)
+    log_sum = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
+    assert outcome.examples == examples
+    assert outcome.correct == (logits.argmax(axis=1) == labels).sum()
+    assert outcome.loss_sum == pytest.approx(
+        (log_sum - logits[np.arange(examples), labels]).sum(), rel=1e-5
+    )
+
+
+def test_evaluating_nothing_comes_to_nothing() -> None:
+    outcome = make().evaluate(a_writer(3), np.empty(0, np.int32))
+
+    assert (outcome.examples, outcome.loss_sum, outcome.correct) == (0, 0.0, 0)
+
+
+# what a client came to, and sums of it
+
+
+def test_delta_is_local_minus_global() -> None:
+    training = make()
+
+    vector = delta_after(training, a_writer(21), 1, 0)
+
+    local = flatten(training.model.get_weights())
+    assert np.array_equal(vector, local - flatten(LOGISTIC.build(SEED).get_weights()))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_the_order_of_clients_does_not_matter(order: tuple[int, ...]) -> None:
+    training = make()
+    writers = [a_writer(examples) for examples in (60, 1, 21)]
+    totals = []
+
+    for clients in ((0, 1, 2), order):
+        total = np.full(training.parameters, np.nan)  # what `first` overwrites
+        for place, client in enumerate(clients):
+            outcome = training.train(writers[client], 1, client)
+            training.fold(outcome.examples, total, first=place == 0)
+        totals.append(total)
+
+    assert np.array_equal(*totals)
+    deltas = [delta_after(training, writer, 1, i) for i, writer in enumerate(writers)]
+    exact = sum(n * d.astype(np.float64) for n, d in zip((60, 1, 21), deltas, strict=True))
+    np.testing.assert_allclose(totals[0], exact, atol=3 * 2.0**-31, rtol=0)  # rounded three times
+    assert np.array_equal(totals[0] * 2.0**30, np.rint(totals[0] * 2.0**30))
+
+
+def test_sums_of_parts_are_the_sum() -> None:
+    """Two workers' sums added give the bits that one worker gets."""
+    training = make()
+    writers = [a_writer(examples) for examples in (60, 1, 21)]
+
+    def fold(*clients: int) -> np.ndarray:
+        total = np.empty(training.parameters)
+        for place, client in enumerate(clients):
+            training.train(writers[client], 1, client)
+            training.fold(len(writers[client].train), total, first=place == 0)
+        return total
+
+    assert np.array_equal(fold(0, 1, 2), fold(2) + fold(1, 0))
+
+
+# divergence
+
+
+def fold(training: LocalTraining) -> None:
+    training.fold(20, np.zeros(training.parameters), first=True)
+
+
+def delta(training: LocalTraining) -> None:
+    training.delta(np.empty(training.parameters, np.float32))
+
+
+def test_a_loss_that_is_no_number_is_an_error() -> None:
+    training = make(replace(PLAIN, learning_rate=1e30), TWO_LAYERS)
+
+    with pytest.raises(DivergedError, match=r"training loss is (nan|inf)"):
+        training.train(a_writer(60), 1, 0)
+
+
+@pytest.mark.parametrize("take", [fold, delta])
+def test_a_weight_that_is_no_number_is_an_error(take: Callable[[LocalTraining], None]) -> None:
+    """One step: its loss is still finite, the weights after it are not."""
+    training = make(replace(PLAIN, learning_rate=float("inf")))
+    training.train(a_writer(20), 1, 0)
+
+    with pytest.raises(DivergedError, match="the update holds NaN"):
+        take(training)
+
+
+def test_a_number_beyond_the_exact_sums_is_an_error() -> None:
+    training = make(replace(PLAIN, learning_rate=1e9))
+    training.train(a_writer(20), 1, 0)
+
+    with pytest.raises(DivergedError, match=r"numbers beyond 2097152 \(times its examples\)"):
+        fold(training)
+
+
+def test_training_goes_on_after_a_divergence() -> None:
+    training = make()
+    expected = delta_after(training, a_writer(20), 1, 0)
+    training.load(np.full(training.parameters, np.nan, np.float32))
+    with pytest.raises(DivergedError):
+        training.train(a_writer(20), 1, 0)
+
+    training.load(flatten(LOGISTIC.build(SEED).get_weights()))
+
+    assert np.array_equal(delta_after(training, a_writer(20), 1, 0), expected)
+
+
+# vectors and layers
+
+
+def test_a_vector_and_its_layers() -> None:
+    layers = [np.arange(6, dtype=np.float32).reshape(2, 3), np.float32([6, 7])]
+
+    vector = flatten(layers)
+    views = unflatten(vector, [(2, 3), (2,)])
+
+    assert vector.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert all(np.array_equal(a, b) for a, b in zip(views, layers, strict=True))
+    assert all(np.shares_memory(view, vector) for view in views)
+    with pytest.raises(ValueError, match="8 weights; expected 9"):
+        unflatten(vector, [(3, 3)])
+
+
+def test_weights_that_are_not_trained_are_refused() -> None:
+    class Normalising:
+        def build(self, seed: int) -> keras.Model:
+            layers = [keras.layers.Flatten(), keras.layers.BatchNormalization()]
+            return keras.Sequential([keras.Input((28, 28, 1)), *layers, keras.layers.Dense(62)])
+
+    with pytest.raises(UserError, match="batch normalisation"):
+        make(model=Normalising())
