@@ -39,7 +39,7 @@ exit_codes: list[int] = []  # of the runs that failed
 config.register()
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
 def simulate(cfg: DictConfig) -> None:
     """Run one federation as `cfg` says; in a sweep, a run that fails leaves the others be."""
     global started

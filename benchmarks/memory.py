@@ -1,6 +1,6 @@
 """Whether memory grows: the driver's and the workers' from round 5 to round 50.
 
-    python -m benchmarks.memory [MODEL]
+python -m benchmarks.memory [MODEL]
 """
 
 import sys
@@ -36,7 +36,10 @@ def main() -> None:
         engine.run(federation, Path(folder))
     for name, before, after in zip(("driver", "workers"), found[FIRST], found[LAST], strict=True):
         growth = 100 * (after / before - 1)
-        print(f"{model} {name:<8} round {FIRST}: {before:7.1f} MiB  round {LAST}: {after:7.1f} MiB", end="")
+        print(
+            f"{model} {name:<8} round {FIRST}: {before:7.1f} MiB  round {LAST}: {after:7.1f} MiB",
+            end="",
+        )
         print(f"  {growth:+.2f} %")
 
 

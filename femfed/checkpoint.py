@@ -15,6 +15,10 @@ State = dict[str, Weights]
 KEPT = 2  # the one before the newest is there should the newest be damaged
 
 
+class DamagedError(ValueError):
+    """A checkpoint is not what was written."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A run after one of its rounds.
@@ -53,7 +57,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    for old in sorted(folder.glob("round_*.npz"))[:-KEPT]:
+    others = sorted(folder.glob("round_*.npz"), key=lambda other: int(other.stem[6:]))
+    others.remove(path)
+    for old in others[: -(KEPT - 1)]:
         old.unlink()
     return path
 
@@ -62,17 +68,22 @@ def load(path: Path) -> Checkpoint:
     """Read what `save` wrote; npz checks every array against its checksum.
 
     Raises:
-        zipfile.BadZipFile: the file is damaged.
+        DamagedError: the file is not what was written.
     """
-    with np.load(path, allow_pickle=False) as arrays:
-        about = json.loads(arrays["about"].tobytes())
-        lists = {
-            name: [arrays[f"{name}/{i}"] for i in range(length)]
-            for name, length in about["lists"].items()
-        }
-    weights = lists.pop("weights")
-    state = {name.removeprefix("state/"): each for name, each in lists.items()}
-    return Checkpoint(about["round"], weights, state)
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            about = json.loads(arrays["about"].tobytes())
+            lists = {
+                name: [arrays[f"{name}/{i}"] for i in range(length)]
+                for name, length in about["lists"].items()
+            }
+        weights = lists.pop("weights")
+        state = {name.removeprefix("state/"): each for name, each in lists.items()}
+        return Checkpoint(about["round"], weights, state)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # damage shows as any of a dozen errors, by where it struck
+        raise DamagedError(f"checkpoint {path} is damaged: {error!r}") from error
 
 
 def sha256(weights: Weights) -> str:

@@ -22,10 +22,10 @@ from femfed.seeds import generator
 from femfed.strategies.base import Outcome, Strategy, Weights
 
 # A weighted delta is rounded to a multiple of 2**-30 by adding and subtracting GRID. Sums of such
-# multiples are exact in float64 while they stay below LARGEST_SUM: they depend on no order.
+# multiples are exact in float64, and so depend on no order, as long as the sum of their magnitudes
+# stays below LARGEST_SUM.
 GRID = 1.5 * 2.0**22
-LARGEST_SUM = 2.0**22
-_LARGEST_TERM = 2.0**21
+LARGEST_SUM = 2.0**21
 _CHUNK = 65_536  # elements folded at a time: the temporaries stay in the core's second-level cache
 _EVALUATION_BATCH = 512  # images; bounds the memory of a writer with thousands of them
 
@@ -155,7 +155,7 @@ class LocalTraining:
         loss_sum, correct = self._evaluate(writer.images, writer.labels, rows)
         return Outcome(len(rows), float(loss_sum), int(correct))
 
-    def fold(self, examples: int, total: FloatSum, *, first: bool) -> None:
+    def fold(self, examples: int, total: FloatSum, *, first: bool) -> float:
         """Add `examples * (w - w_global)` of the client just trained to `total`.
 
         Every term is rounded to a multiple of 2**-30, so that the sum over a cohort is exact and
@@ -166,17 +166,22 @@ class LocalTraining:
             total: `[parameters]`, changed in place.
             first: overwrite `total` instead of adding to it.
 
+        Returns:
+            The largest magnitude that was added. The sum of these over a cohort has to stay below
+            LARGEST_SUM.
+
         Raises:
-            DivergedError: the update holds NaN, infinity or numbers beyond the exact range.
+            DivergedError: the update holds NaN, infinity or numbers beyond LARGEST_SUM.
         """
-        weight, start = np.float64(examples), 0
+        weight, start, largest = np.float64(examples), 0, 0.0
         for delta in self._delta_chunks():
-            # The sum of squares bounds every element, and is NaN or infinite if one of them is.
-            if not np.dot(delta, delta) * weight**2 < _LARGEST_TERM**2:
+            magnitude = float(weight * max(delta.max(), -delta.min()))  # NaN if one element is
+            if not magnitude < LARGEST_SUM:
                 raise DivergedError(
-                    f"the update holds NaN, infinity or numbers beyond {_LARGEST_TERM:.0f} "
-                    "(times its examples)"
+                    f"the update times its {examples} examples reaches {magnitude:.3g}; "
+                    f"expected less than {LARGEST_SUM:.0f}"
                 )
+            largest = max(largest, magnitude)
             term = self._term[: delta.size]
             term[:] = delta
             term *= weight
@@ -188,6 +193,7 @@ class LocalTraining:
             else:
                 target += term
             start += delta.size
+        return largest
 
     def delta(self, vector: NDArray[np.float32]) -> None:
         """Write `w - w_global` of the client just trained to `vector`, `[parameters]`.

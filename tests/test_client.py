@@ -233,16 +233,24 @@ def test_loaded_weights_are_where_training_begins() -> None:
 # evaluation
 
 
-@pytest.mark.parametrize("examples", [1, 20, 1100])  # 1100: two batches of 512 and one of 76
-def test_evaluation_equals_keras(examples: int) -> None:
-    training, writer = make(), a_writer(2, held_out=examples)
+@pytest.mark.parametrize(
+    ("spec", "examples"),
+    [
+        (LOGISTIC, 1),
+        (LOGISTIC, 20),
+        (LOGISTIC, 1100),  # two batches of 512 and one of 76
+        (CNN(True, 0.25, 0.5), 20),
+    ],
+)
+def test_evaluation_equals_keras(spec: Model, examples: int) -> None:
+    training, writer = make(model=spec), a_writer(2, held_out=examples)
     weights = np.random.default_rng(0).normal(0, 0.1, training.parameters).astype(np.float32)
     training.load(weights)
     training.train(writer, 1, 0)  # leaves weights that are not to be evaluated
 
     outcome = training.evaluate(writer, writer.test)
 
-    model = LOGISTIC.build(SEED)
+    model = spec.build(SEED)
     model.set_weights(unflatten(weights, training.shapes))
     logits = model.predict(pixels(writer, writer.test), verbose=0).astype(np.float64)
     labels = writer.labels[writer.test]
@@ -332,7 +340,7 @@ def test_a_weight_that_is_no_number_is_an_error(take: Callable[[LocalTraining], 
     training = make(replace(PLAIN, learning_rate=float("inf")))
     training.train(a_writer(20), 1, 0)
 
-    with pytest.raises(DivergedError, match="the update holds NaN"):
+    with pytest.raises(DivergedError, match="the update"):
         take(training)
 
 
@@ -340,7 +348,7 @@ def test_a_number_beyond_the_exact_sums_is_an_error() -> None:
     training = make(replace(PLAIN, learning_rate=1e9))
     training.train(a_writer(20), 1, 0)
 
-    with pytest.raises(DivergedError, match=r"numbers beyond 2097152 \(times its examples\)"):
+    with pytest.raises(DivergedError, match=r"reaches .*; expected less than 2097152"):
         fold(training)
 
 

@@ -30,7 +30,7 @@ def test_a_writer_is_a_function_of_seed_and_writer(writers: list[tuple[Bytes, By
 
 def test_more_writers_leave_the_first_as_they_are(tmp_path: Path) -> None:
     few = Glyphs(writers=None, seed=5).store(tmp_path, 3)
-    many = Glyphs(writers=3, seed=5).store(tmp_path, 10)
+    many = Glyphs(writers=10, seed=5).store(tmp_path, 3)
 
     assert (len(few), len(many)) == (3, 10)
     assert few.names == many.names[:3] == ("g0000_00", "g0000_01", "g0000_02")

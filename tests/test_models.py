@@ -106,13 +106,7 @@ def test_global_generators_do_not_matter(model: Model) -> None:
 @pytest.mark.parametrize(
     "draw",
     [
-        pytest.param(
-            random.random,
-            id="Python",
-            marks=pytest.mark.xfail(
-                strict=True, reason="DEFECT: a Keras layer's default initializer draws its seed"
-            ),
-        ),
+        pytest.param(random.random, id="Python"),
         pytest.param(np.random.random, id="NumPy"),
         pytest.param(lambda: float(keras.random.uniform(())), id="Keras"),
     ],

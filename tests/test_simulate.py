@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.handwriting import REAL_DATA, needs_real_data, write_leaf_shards
+from tests.handwriting import REAL_DATA, needs_real_data
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -154,9 +154,17 @@ def test_a_folder_that_holds_a_run_is_left_alone(finished) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_the_run_and_leaves_nothing_behind(tmp_path, number, code) -> None:
     shared = set(Path("/dev/shm").glob("femfed-*"))
-    command = [sys.executable, str(ROOT / "simulate.py"), *TINY, "rounds=100000", "engine.workers=1"]
+    command = [
+        sys.executable,
+        str(ROOT / "simulate.py"),
+        *TINY,
+        "rounds=100000",
+        "engine.workers=1",
+    ]
     command += [f"cache={tmp_path}/cache", f"hydra.run.dir={tmp_path}/run"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         table = tmp_path / "run" / "rounds.csv"
         deadline = time.monotonic() + 120
         while not (table.exists() and table.read_text().count("\n") > 3):

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pickle
 import typing
-import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -15,13 +14,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from femfed import UserError, config
+from femfed.engine.wire import construct, describe
 from femfed.strategies.base import State, Strategy, Update, Weights
 from femfed.strategies.fedavg import FedAvg
 from femfed.strategies.fedprox import FedProx
-
-with warnings.catch_warnings():  # Flower imports Typer, which uses what Click deprecates
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from femfed.engine.wire import construct, describe
 
 FILES = sorted((config.CONF / "strategy").glob("*.yaml"))
 SHAPES = ((3, 2), (4,), (2, 2, 1, 3))

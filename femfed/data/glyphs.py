@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from femfed.data.store import CHARACTERS, CLASSES, Bytes, Handwriting, WriterStore, stored
 from femfed.seeds import generator
 
-VERSION = 9  # raise it when a writer changes: stores drawn before are then drawn again
+VERSION = 1  # raise it when a writer changes: stores drawn before are then drawn again
 SIDE = 28  # pixels
 SHARD = 100  # writers that share a shard number
 CAPITALS, SMALL = 10, 36  # labels the capitals and the small letters begin at
@@ -193,9 +193,10 @@ class Glyphs:
         return "glyphs (synthetic)"
 
     def store(self, cache: Path, writers: int) -> WriterStore:
-        """Return the store of the first `writers` writers, drawn now if it is not there."""
-        source = {"dataset": "glyphs", "version": VERSION, "seed": self.seed, "writers": writers}
-        return stored(cache, source, lambda: _hands(self.seed, writers))
+        """Return the store of `self.writers` writers, or of as many as are wanted."""
+        count = writers if self.writers is None else self.writers
+        source = {"dataset": "glyphs", "version": VERSION, "seed": self.seed, "writers": count}
+        return stored(cache, source, lambda: _hands(self.seed, count))
 
 
 def _hands(seed: int, writers: int) -> Iterator[Handwriting]:

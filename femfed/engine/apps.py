@@ -22,7 +22,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
-from femfed.client import DivergedError, Local, LocalTraining, flatten, unflatten
+from femfed.client import LARGEST_SUM, DivergedError, Local, LocalTraining, flatten, unflatten
 from femfed.data.store import Writer, WriterStore
 from femfed.engine.rounds import Federation, Round, Schedule, Trained, Writers, run_rounds
 from femfed.engine.wire import Inbox, Outbox, construct, describe, to_json
@@ -109,6 +109,7 @@ def train(message: Message, context: Context) -> Message:
     fresh = worker.begins(task["attempt"]) or not lives_on
     outcomes: list[Outcome] = []
     seconds: list[float] = []
+    largest = 0.0
     bundle = task["clients"]
     updates = np.empty((0 if worker.strategy.averages else len(bundle), training.parameters), "f4")
     for place, (client, index) in enumerate(zip(bundle, task["writers"], strict=True)):
@@ -117,14 +118,14 @@ def train(message: Message, context: Context) -> Message:
         try:
             outcome = training.train(writer, task["round"], client)
             if worker.strategy.averages:
-                training.fold(outcome.examples, total, first=fresh and not outcomes)
+                largest += training.fold(outcome.examples, total, first=fresh and not outcomes)
             else:
                 training.delta(updates[place])
         except Exception as error:
             return _failed(message, writer, client, error)
         outcomes.append(outcome)
         seconds.append(time.perf_counter() - start)
-    reply = _reply(message, context, {**_columns(outcomes), "seconds": seconds})
+    reply = _reply(message, context, {**_columns(outcomes), "seconds": seconds, "largest": largest})
     if worker.strategy.averages:
         worker.inbox.put_sum(reply.content, total, lives_on=lives_on)
     else:
@@ -146,7 +147,7 @@ def evaluate(message: Message, context: Context) -> Message:
     return _reply(message, context, _columns(outcomes))
 
 
-def _reply(message: Message, context: Context, columns: dict[str, list[Any]]) -> Message:
+def _reply(message: Message, context: Context, columns: dict[str, Any]) -> Message:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
     about = {"partition": context.node_config["partition-id"], "pid": os.getpid(), "peak": peak}
     return Message(RecordDict({"outcome": ConfigRecord({**about, **columns})}), reply_to=message)
@@ -330,6 +331,11 @@ class GridWorkers:
         outcomes = _in_order(bundles, [_outcomes(reply) for reply in replies])
         seconds = _in_order(bundles, [_outcome(reply)["seconds"] for reply in replies])
         if job.strategy.averages:
+            if not sum(_outcome(reply)["largest"] for reply in replies) < LARGEST_SUM:
+                raise DivergedError(
+                    f"the cohort's updates times their examples add up beyond {LARGEST_SUM:.0f}; "
+                    "the run diverged, try a smaller local.learning_rate"
+                )
             examples = sum(outcome.examples for outcome in outcomes)
             delta: Weights = unflatten(self._outbox.mean(replies, examples), self._shapes)
         else:

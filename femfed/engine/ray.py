@@ -121,7 +121,7 @@ def _ray(workers: int, object_store: int | None) -> Iterator[None]:
     # Read when ray is imported: it makes Ray take the loopback address as this node's, so that its
     # servers listen there and nowhere else (Ray resolves a loopback `_node_ip_address` away).
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ["RAY_worker_niceness"] = "0"  # Ray's 15 would let every other program go first
+    os.environ.update(RAY_worker_niceness="0")  # Ray's 15 would let every other program go first
     import ray
 
     temporary = tempfile.mkdtemp(prefix="femfed-ray-")

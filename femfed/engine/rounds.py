@@ -34,8 +34,8 @@ def draw_federation(
 ) -> Federation:
     """Draw the clients from the front and the unseen writers from the back of one permutation.
 
-    So a smaller federation is a part of a larger one, and the unseen writers stay the same however
-    many clients there are (as long as enough writers are left).
+    So on the same writers a smaller federation is a part of a larger one, and the unseen writers
+    stay the same however many clients there are (as long as enough writers are left).
 
     Args:
         seed: seed of the run.

@@ -6,6 +6,7 @@ inside the Flower messages. Both give the same bits, because sums are exact (`cl
 """
 
 import dataclasses
+import fcntl
 import importlib
 import json
 import mmap
@@ -20,10 +21,10 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import DTypeLike, NDArray
 
 from femfed import UserError
-from femfed.client import LARGEST_SUM, DivergedError
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "femfed-"
+LOCK = "lock"  # file that a run keeps locked in its folder
 _CHUNK = 65_536  # numbers summed at a time: the temporaries stay in the core's second-level cache
 
 Vector = NDArray[np.float32]
@@ -45,9 +46,13 @@ def construct(description: dict[str, Any]) -> Any:
     module, _, name = description["type"].rpartition(".")
     if not module.startswith("femfed."):
         raise ValueError(f"will not construct {description['type']}; expected a type of femfed")
-    made = getattr(importlib.import_module(module), name)
-    if not (isinstance(made, type) and dataclasses.is_dataclass(made)):
-        raise ValueError(f"will not construct {description['type']}; expected a dataclass")
+    try:
+        made = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot construct {description['type']}: {error}") from error
+    ours = getattr(made, "__module__", None) == module  # and not something the module imported
+    if not (ours and isinstance(made, type) and dataclasses.is_dataclass(made)):
+        raise ValueError(f"will not construct {description['type']}; expected a femfed dataclass")
     frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in description["fields"].items()}
     return made(**frozen)
 
@@ -69,21 +74,28 @@ class SharedFolder:
         _remove_abandoned()
         roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > size
         place = SHARED_MEMORY if roomy and os.access(SHARED_MEMORY, os.W_OK) else fallback
-        self.path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=place))
+        hidden = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=place))
+        self._lock = (hidden / LOCK).open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)  # before the folder has a name that others look for
+        self.path = hidden.rename(place / hidden.name.removeprefix("."))
 
     def __enter__(self) -> "SharedFolder":
         return self
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
 
 
 def _remove_abandoned() -> None:
-    """Remove the folders of runs that were killed before they could."""
-    for folder in SHARED_MEMORY.glob(f"{PREFIX}*-*"):
-        owner = folder.name.removeprefix(PREFIX).partition("-")[0]
-        if owner.isdecimal() and not Path("/proc", owner).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove the folders of runs that were killed before they could: their locks are free."""
+    for folder in SHARED_MEMORY.glob(f"{PREFIX}*"):
+        try:
+            with (folder / LOCK).open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            continue  # held by a live run, or gone already
 
 
 def mapped(path: Path, size: int, dtype: DTypeLike, *, create: bool = False) -> NDArray[Any]:
@@ -145,11 +157,6 @@ class Outbox:
             total = sums[0][piece].copy()
             for part in sums[1:]:
                 total += part[piece]
-            if not np.abs(total).max() < LARGEST_SUM:
-                raise DivergedError(
-                    f"the cohort's weighted updates sum up beyond {LARGEST_SUM:.0f}: the run "
-                    "diverged; try a smaller local.learning_rate"
-                )
             mean[piece] = total / examples
         return mean
 
@@ -224,7 +231,7 @@ class Inbox:
             self._folder = str(path.parent)
             self._files.clear()
         if name not in self._files:
-            self._files[name] = mapped(path, size, dtype, create=not path.exists())
+            self._files[name] = mapped(path, size, dtype, create=name.startswith("sum-"))
         return self._files[name]
 
 

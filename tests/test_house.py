@@ -1,0 +1,165 @@
+"""The laws of the house, as far as a program can keep them."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parents[1]
+FEMFED = ROOT / "femfed"
+CONF = ROOT / "conf"
+MODULES = sorted(FEMFED.rglob("*.py"))
+
+# Room -> what of ours it may import. `femfed` itself (the errors) and `seeds` are open to all.
+OURS = {
+    "config": set(),
+    "models": set(),
+    "checkpoint": set(),
+    "seeds": set(),
+    "report": {"report"},
+    "data": {"data.store"},
+    "strategies": {"strategies.base"},
+    "client": {"strategies.base", "models", "data.store"},
+    "engine": {"engine", "client", "data.store", "strategies.base", "models", "checkpoint"},
+}
+# Library -> the rooms that may import it.
+LIBRARIES = {
+    "hydra": {"config"},
+    "omegaconf": {"config"},
+    "tensorflow": {"client"},
+    "keras": {"client", "models"},
+    "ray": {"engine.ray"},
+    "flwr": {"engine.apps", "engine.inline", "engine.wire", "engine.ray", "strategies.flower"},
+    "matplotlib": {"report.plots"},
+    "rich": {"report.progress"},
+    "msgspec": {"data.leaf"},
+}
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(FEMFED).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield every module a file imports anywhere, `from a.b import c` as a.b."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_a_room_imports_what_the_plan_allows(path: Path) -> None:
+    here = dotted(path)
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "femfed" and rest and rest != "seeds":
+            allowed = OURS[here.split(".")[0]]
+            room = rest.split(".")[0]
+            assert rest in allowed or room in allowed, f"{here} imports {name}"
+        for library, rooms in LIBRARIES.items():
+            if top == library:
+                assert here in rooms, f"{here} imports {name}"
+
+
+def test_no_strategy_imports_a_sibling_and_no_dataset_another() -> None:
+    for room, base in (("strategies", "base"), ("data", "store")):
+        for path in (FEMFED / room).glob("*.py"):
+            siblings = [n for n in imports(path) if n.startswith(f"femfed.{room}.")]
+            assert set(siblings) <= {f"femfed.{room}.{base}"}, path
+
+
+def test_nothing_is_called_utils() -> None:
+    assert not [path for path in ROOT.rglob("*util*") if path.suffix == ".py" and ours(path)]
+
+
+def test_no_global_random_state() -> None:
+    forbidden = re.compile(
+        r"np\.random\.(seed|rand|randn|randint|choice|shuffle|permutation|random)\b"
+        r"|\bimport random\b|tf\.random\.|keras\.utils\.set_random_seed"
+    )
+    for path in [*MODULES, ROOT / "simulate.py"]:
+        assert not forbidden.search(path.read_text()), path
+
+
+def test_nothing_is_unpickled() -> None:
+    for path in [*MODULES, ROOT / "simulate.py"]:
+        text = path.read_text()
+        assert not re.search(r"\bpickle\b|allow_pickle=True", text), path
+
+
+def test_simulate_defines_nothing_that_runs_on_a_worker() -> None:
+    text = (ROOT / "simulate.py").read_text()
+    assert "ClientApp" not in text
+    assert len(text.splitlines()) < 300
+
+
+def configs(group: str) -> list[Path]:
+    return sorted((CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for group in ("strategy", "model", "dataset") for p in configs(group)],
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
+)
+def test_a_yaml_lists_exactly_the_fields_of_its_dataclass(path: Path) -> None:
+    node = OmegaConf.load(path)
+    module, _, name = node._target_.rpartition(".")
+    made = getattr(importlib.import_module(module), name)
+    assert {str(key) for key in node} - {"_target_"} == {field.name for field in fields(made)}
+    assert path.read_text().startswith("# ")
+
+
+def test_a_hyper_parameter_is_named_in_its_yaml_and_its_file_only() -> None:
+    base = (FEMFED / "strategies" / "base.py").read_text()
+    for path in configs("strategy"):
+        node = OmegaConf.load(path)
+        home = ROOT / Path(*node._target_.split(".")[:-1]).with_suffix(".py")
+        for key in set(map(str, node)) - {"_target_"}:
+            assert key not in base
+            others = [p for p in [*MODULES, ROOT / "simulate.py"] if p != home]
+            homes = {n for n in configs("strategy") if key in OmegaConf.load(n)}
+            for other in others:
+                if re.search(rf"\b{key}\b", other.read_text()):
+                    assert other.parent.name == "strategies", f"{key} occurs in {other}"
+            assert path in homes
+
+
+def test_a_strategy_file_cites_its_source() -> None:
+    for path in (FEMFED / "strategies").glob("*.py"):
+        if path.stem != "__init__":
+            assert "Source: " in path.read_text(), path
+            assert "https://" in path.read_text(), path
+
+
+def test_the_top_level_is_what_the_user_fixed() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    names = {line.split("/")[0] for line in listed.splitlines()}
+    expected = {"simulate.py", "conf", "femfed", "tests", "benchmarks", "docs", "pyproject.toml"}
+    expected |= {"README.md", "README.ko.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"}
+    assert names - expected <= {".ci", ".gitignore"}
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, simulate; "
+        "print({'tensorflow', 'keras', 'ray', 'flwr', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def ours(path: Path) -> bool:
+    return not any(
+        part.startswith(".") or part == "outputs" for part in path.parts[len(ROOT.parts) :]
+    )
