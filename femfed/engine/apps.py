@@ -29,7 +29,8 @@ from femfed.engine.wire import Inbox, Outbox, construct, describe, to_json
 from femfed.models import Model
 from femfed.strategies.base import Outcome, State, Strategy, Update, Weights
 
-POLL = 0.005  # seconds between two looks for replies
+POLL = 0.001  # seconds between two looks for a reply that is on its way
+PATIENCE = 0.02  # seconds until the next look for replies that nobody has announced
 
 T = TypeVar("T")
 
@@ -130,6 +131,7 @@ def train(message: Message, context: Context) -> Message:
         worker.inbox.put_sum(reply.content, total, lives_on=lives_on)
     else:
         worker.inbox.put_updates(message.content, reply.content, updates, task["slots"])
+    worker.inbox.ring(message.content)
     return reply
 
 
@@ -144,6 +146,7 @@ def evaluate(message: Message, context: Context) -> Message:
         writer = worker.writer(index)
         rows = np.arange(len(writer.labels), dtype=np.int32) if whole else writer.test
         outcomes.append(worker.training.evaluate(writer, rows))
+    worker.inbox.ring(message.content)
     return _reply(message, context, _columns(outcomes))
 
 
@@ -257,7 +260,7 @@ class GridWorkers:
     Args:
         job: the run.
         grid: Flower's, from the ServerApp.
-        folder: for what travels by reference, None to send by value.
+        outbox: hands out weights and takes in sums.
         stop: set by whoever wants the run to stop.
         on_clients: called with (clients done, clients of the cohort) as replies come in.
         attempt: counts the engine's starts, so that a round run again starts new sums.
@@ -267,7 +270,7 @@ class GridWorkers:
         self,
         job: Job,
         grid: Grid,
-        folder: Path | None,
+        outbox: Outbox,
         stop: threading.Event,
         on_clients: Callable[[int, int], None],
         attempt: int,
@@ -275,7 +278,7 @@ class GridWorkers:
         self._job, self._grid, self._stop = job, grid, stop
         self._on_clients, self._attempt = on_clients, attempt
         self._peaks: dict[int, int] = {}
-        self._folder = folder
+        self._outbox = outbox
         self._version = 0
         self._published: Weights | None = None
         self._shapes: list[tuple[int, ...]] = []
@@ -294,7 +297,6 @@ class GridWorkers:
     def start(self, weights: Weights) -> None:
         """Have every worker build its model, and learn which node is served when."""
         self._shapes = [layer.shape for layer in weights]
-        self._outbox = Outbox(self._folder, sum(layer.size for layer in weights))
         if not self._job.strategy.averages:
             self._outbox.reserve_updates(self._job.schedule.clients_per_round)
         self._nodes = self._registered()
@@ -379,7 +381,7 @@ class GridWorkers:
     def _registered(self) -> list[int]:
         """Return all node ids; Flower registers nodes after the ServerApp has started."""
         while len(nodes := sorted(self._grid.get_node_ids())) < self._job.nodes:
-            if self._stop.wait(POLL):
+            if self._stop.wait(PATIENCE):
                 raise StoppedError
         return nodes
 
@@ -397,19 +399,22 @@ class GridWorkers:
             Message(content, dst_node_id=node, message_type=kind)
             for content, node in zip(contents, self._nodes, strict=False)
         ]
+        ringing = 0
         places = {name: place for place, name in enumerate(self._grid.push_messages(messages))}
         replies: dict[int, RecordDict] = {}
         while len(replies) < len(contents):
             waiting = [name for name, place in places.items() if place not in replies]
-            for reply in self._grid.pull_messages(waiting):
-                if self._stop.is_set():
-                    raise StoppedError
+            arrived = list(self._grid.pull_messages(waiting))
+            if self._stop.is_set():
+                raise StoppedError
+            for reply in arrived:
                 if reply.has_error():
                     raise LostWorkerError(reply.error.reason)
                 replies[places[reply.metadata.reply_to_message_id]] = self._checked(reply.content)
                 on_done(set(replies))
-            if len(replies) < len(contents) and self._stop.wait(POLL):
-                raise StoppedError
+            ringing = max(0, ringing - len(arrived))
+            if not arrived:
+                ringing += self._outbox.wait(POLL if ringing else PATIENCE)
         return [replies[place] for place in range(len(contents))]
 
     def _checked(self, content: RecordDict) -> RecordDict:
@@ -474,19 +479,24 @@ def server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         run.attempts += 1
-        workers = GridWorkers(run.job, grid, folder, stop, run.on_clients, run.attempts)
         try:
-            workers.start(run.weights)
-            run.pids = workers.pids
-            job = run.job
-            rounds = run_rounds(
-                job.schedule, job.strategy, workers, run.weights, run.state, run.finished
-            )
-            for finished in rounds:
-                run.weights, run.state = finished.weights, finished.state
-                run.finished = finished.number
-                run.pids, run.peak_memory = workers.pids, workers.peak_memory
-                run.on_round(finished)
+            with Outbox(folder, sum(layer.size for layer in run.weights)) as outbox:
+                workers = GridWorkers(run.job, grid, outbox, stop, run.on_clients, run.attempts)
+                workers.start(run.weights)
+                run.pids = workers.pids
+                rounds = run_rounds(
+                    run.job.schedule,
+                    run.job.strategy,
+                    workers,
+                    run.weights,
+                    run.state,
+                    run.finished,
+                )
+                for finished in rounds:
+                    run.weights, run.state = finished.weights, finished.state
+                    run.finished = finished.number
+                    run.pids, run.peak_memory = workers.pids, workers.peak_memory
+                    run.on_round(finished)
         except Exception as error:
             failures.append(error)
 

@@ -5,14 +5,17 @@ the run's own folder in shared memory; messages hold only names and numbers. By 
 inside the Flower messages. Both give the same bits, because sums are exact (`client.GRID`).
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import importlib
 import json
 import mmap
 import os
+import select
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from femfed import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "femfed-"
+BELL = "bell"  # named pipe that workers write a byte to when they are done
 LOCK = "lock"  # file that a run keeps locked in its folder
 _CHUNK = 65_536  # numbers summed at a time: the temporaries stay in the core's second-level cache
 
@@ -131,7 +135,11 @@ class Outbox:
     def __init__(self, folder: Path | None, parameters: int) -> None:
         self._folder, self._parameters = folder, parameters
         self._files: dict[str, NDArray[Any]] = {}
+        self._bell: int | None = None
         if folder is not None:
+            with contextlib.suppress(FileExistsError):  # of an engine that was started again
+                os.mkfifo(folder / BELL)
+            self._bell = os.open(folder / BELL, os.O_RDWR | os.O_NONBLOCK)
             self._files["weights"] = mapped(folder / "weights", parameters, np.float32, create=True)
 
     def publish(self, weights: Vector) -> RecordDict:
@@ -147,6 +155,26 @@ class Outbox:
             self._files["updates"] = mapped(
                 self._folder / "updates", clients * self._parameters, np.float32, create=True
             )
+
+    def __enter__(self) -> "Outbox":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bell is not None:
+            os.close(self._bell)
+
+    def wait(self, seconds: float) -> int:
+        """Wait until a worker rings, or so long; return how many rang.
+
+        Workers ring when they have done a message. To ask Flower's grid again and again instead
+        would take some percent of a core from them.
+        """
+        if self._bell is None:
+            time.sleep(seconds)
+            return 0
+        if not select.select([self._bell], [], [], seconds)[0]:
+            return 0
+        return len(os.read(self._bell, 4096))
 
     def mean(self, replies: list[RecordDict], examples: int) -> Vector:
         """Return the exact sum of all weighted deltas behind `replies`, divided once."""
@@ -203,6 +231,14 @@ class Inbox:
         if "weights" in content.array_records:
             return np.empty(self._parameters), False
         return self._map(content, f"sum-{os.getpid()}", self._parameters, np.float64), True
+
+    def ring(self, content: RecordDict) -> None:
+        """Tell the driver that a message is done."""
+        if "folder" in content.config_records:
+            with contextlib.suppress(OSError):  # nobody listens any more
+                bell = os.open(self._path(content, BELL), os.O_WRONLY | os.O_NONBLOCK)
+                os.write(bell, b"!")
+                os.close(bell)
 
     def put_sum(self, reply: RecordDict, total: FloatSum, *, lives_on: bool) -> None:
         """Put `total`, or its file's name, into the reply."""
