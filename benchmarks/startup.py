@@ -18,10 +18,10 @@ from benchmarks.bench import temporary_cache
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def once(folder: Path, overrides: list[str]) -> dict[str, float]:
+def once(folder: Path, run: Path, overrides: list[str]) -> dict[str, float]:
     """Return the seconds to each stage of one run, read off its plain output."""
     command = [sys.executable, "simulate.py", "rounds=1", f"cache={folder}/cache"]
-    command += [f"hydra.run.dir={folder}/run", *overrides]
+    command += [f"hydra.run.dir={run}", *overrides]
     start = time.perf_counter()
     stages: dict[str, float] = {}
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -38,7 +38,7 @@ def once(folder: Path, overrides: list[str]) -> dict[str, float]:
             elif line.startswith("round 1/1"):
                 stages["round 1 done"] = now
     stages["process ended"] = time.perf_counter() - start
-    summary = json.loads((folder / "run" / "summary.json").read_text())["seconds"]
+    summary = json.loads((run / "summary.json").read_text())["seconds"]
     stages["(workers ready)"] = summary["startup"]
     return stages
 
@@ -48,7 +48,7 @@ def main() -> None:
     with temporary_cache() as folder:
         for title in ("empty cache", "again"):
             print(title)
-            stages = once(Path(folder), sys.argv[1:])
+            stages = once(Path(folder), Path(folder, title.replace(" ", "_")), sys.argv[1:])
             for name, seconds in sorted(stages.items(), key=lambda item: item[1]):
                 print(f"  {seconds:6.2f} s  {name}")
 
