@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from femfed import Stopped, UserError, checkpoint, config
+from femfed import RunError, Stopped, UserError, checkpoint, config
 
 if TYPE_CHECKING:  # TensorFlow, Flower and Ray take seconds to import: mistakes are told before
     from femfed.data.store import WriterStore
@@ -53,6 +53,8 @@ def simulate(cfg: DictConfig) -> None:
     except UserError as error:
         discard(folder)
         exit_codes.append(fail(str(error), 2))
+    except RunError as error:
+        exit_codes.append(fail(str(error), 1))
     started = time.perf_counter()  # of a sweep's next run
 
 
@@ -73,7 +75,11 @@ def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) 
     ):
         progress.status(f"opening the dataset {dataset.name}")
         wanted = round(cfg.clients / (1 - cfg.evaluate.unseen_fraction))
-        store = dataset.store(Path(cfg.cache).expanduser(), wanted)
+        store = dataset.store(
+            Path(cfg.cache).expanduser(),
+            wanted,
+            lambda count: count % 200 or progress.status(f"converting: {count} writers"),
+        )
         if store.skipped_writers:
             progress.message(f"{store.skipped_writers} writers without images are left out")
         trainable = np.flatnonzero(store.train_examples != 0)

@@ -25,6 +25,10 @@ class UserError(ValueError):
     """
 
 
+class RunError(RuntimeError):
+    """The run cannot go on, and says why in a line; `simulate.py` exits with code 1."""
+
+
 class Stopped(BaseException):  # no Exception: a sweep stops as a whole
     """The run was stopped by a signal.
 

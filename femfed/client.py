@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from femfed import UserError
+from femfed import RunError, UserError
 from femfed.data.store import Rows, Writer
 from femfed.models import Model
 from femfed.seeds import generator
@@ -51,7 +51,7 @@ class Local:
     weight_decay: float
 
 
-class DivergedError(ArithmeticError):
+class DivergedError(RunError):
     """A client's training left the finite numbers."""
 
 

@@ -1,5 +1,6 @@
 """The command as a user types it: what it prints, what it leaves, how it refuses."""
 
+import contextlib
 import csv
 import json
 import os
@@ -171,10 +172,13 @@ def test_a_signal_stops_the_run_and_leaves_nothing_behind(tmp_path, number, code
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.1)
+        listening = listeners(process.pid)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == code
     assert b"Traceback" not in stderr
+    assert listening  # Ray's servers
+    assert set(listening) <= LOOPBACK
     assert set(Path("/dev/shm").glob("femfed-*")) == shared
     orphans = subprocess.run(["pgrep", "-f", f"{tmp_path}"], capture_output=True, text=True)
     assert orphans.stdout == ""
@@ -201,20 +205,51 @@ def test_a_killed_worker_changes_nothing(finished, tmp_path: Path) -> None:
     assert len(rows(tmp_path / "run" / "rounds.csv")) == 400
 
 
-def children_named(pid: int, prefix: str) -> list[int]:
-    """Return the processes below `pid` whose command line begins with `prefix`."""
-    found = []
+# 127.0.0.1, the same mapped into IPv6, and ::1, as the kernel writes them
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
+def family(pid: int) -> dict[int, str]:
+    """Return the processes below and with `pid`: process id -> command line."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):
             parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
             parents[int(path.name)] = (parent, (path / "cmdline").read_text())
-        except OSError:
-            continue
+    found = {}
     for child, (_, line) in parents.items():
         ancestor = child
         while ancestor in parents and ancestor != pid:
             ancestor = parents[ancestor][0]
-        if ancestor == pid and line.startswith(prefix):
-            found.append(child)
-    return sorted(found)
+        if ancestor == pid:
+            found[child] = line
+    return found
+
+
+def children_named(pid: int, prefix: str) -> list[int]:
+    """Return the processes below `pid` whose command line begins with `prefix`."""
+    return sorted(child for child, line in family(pid).items() if line.startswith(prefix))
+
+
+def listeners(pid: int) -> list[str]:
+    """Return the addresses that the processes of a run listen on, as the kernel writes them."""
+    sockets = set()
+    for process in family(pid):
+        for path in Path(f"/proc/{process}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                sockets.add(str(path.readlink()))
+    found = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in sockets:
+                found.append(local.split(":")[0])
+    return found
+
+
+def test_a_client_that_diverges_is_named_in_one_line(tmp_path: Path) -> None:
+    done = run(tmp_path, *TINY, "engine=inline", "local.learning_rate=1e30", code=1)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: client ")
+    assert "(writer g0000_0" in line
+    assert "training loss is" in line

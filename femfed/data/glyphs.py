@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from femfed.data.store import CHARACTERS, CLASSES, Bytes, Handwriting, WriterStore, stored
+from femfed.data.store import CHARACTERS, CLASSES, Bytes, Handwriting, OnWriter, WriterStore, stored
 from femfed.seeds import generator
 
 VERSION = 1  # raise it when a writer changes: stores drawn before are then drawn again
@@ -192,11 +192,11 @@ class Glyphs:
         """Name the dataset as every result states it."""
         return "glyphs (synthetic)"
 
-    def store(self, cache: Path, writers: int) -> WriterStore:
+    def store(self, cache: Path, writers: int, on_writer: OnWriter | None = None) -> WriterStore:
         """Return the store of `self.writers` writers, or of as many as are wanted."""
         count = writers if self.writers is None else self.writers
         source = {"dataset": "glyphs", "version": VERSION, "seed": self.seed, "writers": count}
-        return stored(cache, source, lambda: _hands(self.seed, count))
+        return stored(cache, source, lambda: _hands(self.seed, count), on_writer)
 
 
 def _hands(seed: int, writers: int) -> Iterator[Handwriting]:

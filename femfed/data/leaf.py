@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from femfed import UserError
-from femfed.data.store import CLASSES, Bytes, Handwriting, WriterStore, stored
+from femfed.data.store import CLASSES, Bytes, Handwriting, OnWriter, WriterStore, stored
 
 PIXELS = 28 * 28
 MAKE_AGAIN = "copy or download the file again, or make it again with LEAF's preprocess.sh"
@@ -46,7 +46,7 @@ class Leaf:
         """Name the dataset as every result states it."""
         return "leaf"
 
-    def store(self, cache: Path, writers: int) -> WriterStore:
+    def store(self, cache: Path, writers: int, on_writer: OnWriter | None = None) -> WriterStore:
         """Return the store of the shards; all their writers are in it, however many are wanted.
 
         The shards themselves are read only if no store was made of them yet, or if a file's size or
@@ -80,7 +80,7 @@ class Leaf:
         except OSError as error:
             raise UserError(_unreadable(Path(error.filename or root), error)) from error
         source = {"dataset": self.name, "path": str(root), "files": files}
-        return stored(cache, source, lambda: _writers(shards))
+        return stored(cache, source, lambda: _writers(shards), on_writer)
 
 
 @dataclass(frozen=True)

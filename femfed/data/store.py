@@ -28,6 +28,7 @@ FORMAT = 1  # raise it when the files of a store change their meaning: older sto
 
 Bytes = NDArray[np.uint8]
 Rows = NDArray[np.int32]
+OnWriter = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Dataset(Protocol):
     def name(self) -> str:
         """Name the dataset and its variant as every result states it."""
 
-    def store(self, cache: Path, writers: int) -> "WriterStore":
+    def store(self, cache: Path, writers: int, on_writer: OnWriter | None = None) -> "WriterStore":
         """Return the store below `cache`, made now if it is not there; `writers` are wanted."""
 
 
@@ -166,7 +167,10 @@ class WriterStore:
 
 
 def stored(
-    cache: Path, source: dict[str, Any], writers: Callable[[], Iterable[Handwriting]]
+    cache: Path,
+    source: dict[str, Any],
+    writers: Callable[[], Iterable[Handwriting]],
+    on_writer: OnWriter | None = None,
 ) -> WriterStore:
     """Return the store of `source`, opened if it is there, else made from `writers()`.
 
@@ -179,6 +183,7 @@ def stored(
         source: whatever identifies the content (paths, sizes, times, parameters); a store made
             from another source is never used.
         writers: yields the writers one at a time; called only if there is no store yet.
+        on_writer: called with the number of writers written so far.
 
     Raises:
         UserError: the source holds something that is not FEMNIST, or no image at all.
@@ -195,7 +200,7 @@ def stored(
                 "give another folder with cache=DIR"
             ) from error
         try:
-            _write(partial, writers())
+            _write(partial, writers(), on_writer)
             try:
                 partial.rename(folder)
             except OSError:
@@ -206,7 +211,7 @@ def stored(
     return WriterStore.open(folder)
 
 
-def _write(folder: Path, writers: Iterable[Handwriting]) -> None:
+def _write(folder: Path, writers: Iterable[Handwriting], on_writer: OnWriter | None) -> None:
     columns: dict[str, list[Any]] = {
         "names": [], "numbers": [], "subject_numbers": [], "examples": [], "train_examples": []
     }  # fmt: skip
@@ -229,6 +234,8 @@ def _write(folder: Path, writers: Iterable[Handwriting]) -> None:
             columns["examples"].append(len(writer.labels))
             published = writer.train_examples
             columns["train_examples"].append(-1 if published is None else published)
+            if on_writer:
+                on_writer(len(columns["names"]))
         for file in (images, labels):
             file.flush()
             os.fsync(file.fileno())

@@ -19,9 +19,11 @@ from typing import Any, TypeVar
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
+from femfed import RunError
 from femfed.client import LARGEST_SUM, DivergedError, Local, LocalTraining, flatten, unflatten
 from femfed.data.store import Writer, WriterStore
 from femfed.engine.rounds import Federation, Round, Schedule, Trained, Writers, run_rounds
@@ -35,11 +37,11 @@ PATIENCE = 0.02  # seconds until the next look for replies that nobody has annou
 T = TypeVar("T")
 
 
-class ClientError(RuntimeError):
+class ClientError(RunError):
     """A client's training or evaluation failed; ends the run."""
 
 
-class LostWorkerError(RuntimeError):
+class LostWorkerError(RunError):
     """A worker process died before it replied; its round can be run again."""
 
 
@@ -409,7 +411,8 @@ class GridWorkers:
                 raise StoppedError
             for reply in arrived:
                 if reply.has_error():
-                    raise LostWorkerError(reply.error.reason)
+                    failed = reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+                    raise (ClientError if failed else LostWorkerError)(reply.error.reason)
                 replies[places[reply.metadata.reply_to_message_id]] = self._checked(reply.content)
                 on_done(set(replies))
             ringing = max(0, ringing - len(arrived))

@@ -128,7 +128,7 @@ def plot_writers(folder: Path, title: str) -> Path:
                 sized.plot(x, y, color=colour, lw=width, label=label, path_effects=outline)
         ranked.set(xlabel="Writers from worst to best (%)", xlim=(0, 100))
         ranked.set(ylabel="Accuracy (%)", ylim=(-2, 102))
-        sized.set(xlabel="Examples of the writer")
+        sized.set(xlabel="Images evaluated of the writer")
         sized.set_xlim(left=0)
         sized.tick_params(left=False)
         for axes in (ranked, sized):
