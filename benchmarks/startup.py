@@ -2,7 +2,7 @@
 
     python -m benchmarks.startup [key=value ...]
 
-Runs `python simulate.py rounds=1` as a user does, first with an empty dataset cache (the synthetic
+Runs `python simulate.py rounds=2` as a user does, first with an empty dataset cache (the synthetic
 writers are drawn), then again.
 """
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def once(folder: Path, run: Path, overrides: list[str]) -> dict[str, float]:
     """Return the seconds to each stage of one run, read off its plain output."""
-    command = [sys.executable, "simulate.py", "rounds=1", f"cache={folder}/cache"]
+    command = [sys.executable, "simulate.py", "rounds=2", f"cache={folder}/cache"]
     command += [f"hydra.run.dir={run}", *overrides]
     start = time.perf_counter()
     stages: dict[str, float] = {}
@@ -35,7 +35,7 @@ def once(folder: Path, run: Path, overrides: list[str]) -> dict[str, float]:
                 stages["python and Hydra"] = now
             elif line.startswith("starting"):
                 stages["dataset opened"] = now
-            elif line.startswith("round 1/1"):
+            elif line.startswith("round 1/2"):
                 stages["round 1 done"] = now
     stages["process ended"] = time.perf_counter() - start
     summary = json.loads((run / "summary.json").read_text())["seconds"]
