@@ -44,7 +44,14 @@ class Progress:
         console = Console(file=self._stream, force_terminal=live or None)
         self._live: Live | None = None
         if live and console.is_interactive:
-            self._live = Live(self, console=console, refresh_per_second=4)
+            # What others print is the caller's to catch: rich would put it above the display.
+            self._live = Live(
+                self,
+                console=console,
+                refresh_per_second=4,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
         self._status = ""
         self._share = 0.0  # of the clients of the round under way
         self._begun = False
