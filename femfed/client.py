@@ -109,10 +109,12 @@ class LocalTraining:
                 tf.TensorSpec([None, None], tf.int32),
                 tf.TensorSpec([len(self._dropout_states)], tf.int32),
             ],
+            autograph=False,  # it reads source code, and fails where a warning is an error
         )
         self._evaluate = tf.function(
             self._evaluate_rows,
             input_signature=[images, labels, tf.TensorSpec([None], tf.int32)],
+            autograph=False,
         )
         self._term = np.empty(_CHUNK, np.float64)
         self._delta = np.empty(_CHUNK, np.float32)
@@ -231,8 +233,8 @@ class LocalTraining:
             state.assign(tf.cast(tf.stack([dropout_seeds[place], 0]), state.dtype))
         epochs, n = tf.shape(order)[0], tf.shape(order)[1]
         steps = (n + local.batch_size - 1) // local.batch_size
-        loss_sum, correct = tf.constant(0.0), tf.constant(0)
-        for step in tf.range(epochs * steps):
+
+        def step_once(step: tf.Tensor, loss_sum: tf.Tensor, correct: tf.Tensor) -> Any:
             epoch, start = step // steps, step % steps * local.batch_size
             rows = order[epoch, start : start + local.batch_size]
             targets = tf.cast(tf.gather(labels, rows), tf.int32)
@@ -251,9 +253,17 @@ class LocalTraining:
                 gradients, self._weights, self._global_weights
             )
             self._step(gradients)
-            if epoch == epochs - 1:
-                loss_sum += tf.reduce_sum(losses)
-                correct += _hits(logits, targets)
+            in_last_epoch = epoch == epochs - 1
+            loss_sum += tf.where(in_last_epoch, tf.reduce_sum(losses), 0.0)
+            correct += tf.where(in_last_epoch, _hits(logits, targets), 0)
+            return step + 1, loss_sum, correct
+
+        _, loss_sum, correct = tf.while_loop(
+            lambda step, *_: step < epochs * steps,
+            step_once,
+            [tf.constant(0), tf.constant(0.0), tf.constant(0)],
+            parallel_iterations=1,
+        )
         return loss_sum, correct
 
     def _step(self, gradients: Sequence[tf.Tensor]) -> None:
@@ -281,14 +291,22 @@ class LocalTraining:
         """Evaluate the global weights on `rows` (`[n]`); traced once."""
         for weight, origin in zip(self._weights, self._global_weights, strict=True):
             weight.assign(origin)
-        loss_sum, correct = tf.constant(0.0), tf.constant(0)
-        for start in tf.range(0, tf.shape(rows)[0], _EVALUATION_BATCH):
+
+        def batch_once(start: tf.Tensor, loss_sum: tf.Tensor, correct: tf.Tensor) -> Any:
             batch = rows[start : start + _EVALUATION_BATCH]
             targets = tf.cast(tf.gather(labels, batch), tf.int32)
             logits = self.model(_pixels(images, batch), training=False)
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
             loss_sum += tf.reduce_sum(losses)
             correct += _hits(logits, targets)
+            return start + _EVALUATION_BATCH, loss_sum, correct
+
+        _, loss_sum, correct = tf.while_loop(
+            lambda start, *_: start < tf.shape(rows)[0],
+            batch_once,
+            [tf.constant(0), tf.constant(0.0), tf.constant(0)],
+            parallel_iterations=1,
+        )
         return loss_sum, correct
 
 

@@ -141,10 +141,12 @@ def test_any_other_failure_of_a_client_shows_its_traceback(store, tmp_path, monk
         finish(a_job(store), tmp_path)
 
 
-def test_nothing_shared_is_left(store, tmp_path) -> None:
-    before = set(Path("/dev/shm").glob("*femfed-*"))
+def test_nothing_shared_is_left(store, tmp_path, monkeypatch) -> None:
+    memory, folder = tmp_path / "memory", tmp_path / "run"
+    memory.mkdir()
+    folder.mkdir()
+    monkeypatch.setattr("femfed.engine.wire.SHARED_MEMORY", memory)
 
-    finish(a_job(store), tmp_path)
+    finish(a_job(store), folder)
 
-    assert set(Path("/dev/shm").glob("*femfed-*")) == before
-    assert list(tmp_path.iterdir()) == []
+    assert list(memory.iterdir()) == list(folder.iterdir()) == []
