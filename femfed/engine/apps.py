@@ -4,6 +4,7 @@ They live in this importable module because a worker process keeps a module's gl
 to message only if it imported the module. A worker builds its model and traces its functions once.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -11,7 +12,7 @@ import resource
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ from femfed import RunError
 from femfed.client import LARGEST_SUM, DivergedError, Local, LocalTraining, flatten, unflatten
 from femfed.data.store import Writer, WriterStore
 from femfed.engine.rounds import Federation, Round, Schedule, Trained, Writers, run_rounds
-from femfed.engine.wire import Inbox, Outbox, construct, describe, to_json
+from femfed.engine.wire import Inbox, Outbox, SharedFolder, construct, describe, to_json
 from femfed.models import Model
 from femfed.strategies.base import Outcome, State, Strategy, Update, Weights
 
@@ -302,8 +303,8 @@ class GridWorkers:
         if not self._job.strategy.averages:
             self._outbox.reserve_updates(self._job.schedule.clients_per_round)
         self._nodes = self._registered()
-        task = {"spec": self._job.spec}
-        contents = [RecordDict({"task": ConfigRecord({**task})}) for _ in self._nodes]
+        spec = self._job.spec
+        contents = [RecordDict({"task": ConfigRecord({"spec": spec})}) for _ in self._nodes]
         replies = self._exchange("query", contents, lambda done: None)
         partitions = [_outcome(reply)["partition"] for reply in replies]
         # Flower hands messages to workers in the order of its partitions.
@@ -468,6 +469,21 @@ class Run:
     def done(self) -> bool:
         """Whether the last round is finished."""
         return self.finished >= self.job.schedule.rounds
+
+
+@contextlib.contextmanager
+def shared_folder(run: Run, fallback: Path) -> Iterator[Path | None]:
+    """Yield the folder for what travels by reference, None for a run that sends by value.
+
+    Args:
+        run: what will travel.
+        fallback: folder to use where shared memory is absent or too small.
+    """
+    if run.job.by_value:
+        yield None
+        return
+    with SharedFolder(fallback, run.shared_bytes) as shared:
+        yield shared.path
 
 
 def server_app(

@@ -1,6 +1,5 @@
 """The same Flower apps in this process: for tests, debuggers and tiny runs."""
 
-import contextlib
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,8 +11,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
-from femfed.engine.apps import Run, client_app, server_app
-from femfed.engine.wire import SharedFolder
+from femfed.engine.apps import Run, client_app, server_app, shared_folder
 
 
 class InlineGrid(Grid):
@@ -103,10 +101,7 @@ class InlineEngine:
             run: what to run.
             folder: the run's folder, used where shared memory is absent.
         """
-        with contextlib.ExitStack() as stack:
-            shared = None
-            if not run.job.by_value:
-                shared = stack.enter_context(SharedFolder(folder, run.shared_bytes)).path
+        with shared_folder(run, folder) as shared:
             failures: list[Exception] = []
             app = server_app(run, shared, threading.Event(), failures)
             nothing = RecordDict()

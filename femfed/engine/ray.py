@@ -64,15 +64,10 @@ class RayEngine:
             Stopped: SIGINT or SIGTERM asked the run to stop.
             LostWorkerError: workers were lost again and again without a finished round in between.
         """
-        from femfed.engine.apps import LostWorkerError, StoppedError
-        from femfed.engine.wire import SharedFolder
+        from femfed.engine.apps import LostWorkerError, StoppedError, shared_folder
 
         lost_at, losses = -1, 0
-        with contextlib.ExitStack() as stack:
-            stop, signals = stack.enter_context(_stoppable(run))
-            shared = None
-            if not run.job.by_value:
-                shared = stack.enter_context(SharedFolder(folder, run.shared_bytes)).path
+        with _stoppable(run) as (stop, signals), shared_folder(run, folder) as shared:
             while not run.done:
                 try:
                     _simulate(run, shared, stop)
