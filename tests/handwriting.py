@@ -11,11 +11,13 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+from femfed.data.source import Dataset
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -24,11 +26,19 @@ needs_real_data = pytest.mark.skipif(
     reason=f"real handwriting is kept outside the project and is not at {REAL_DATA}",
 )
 
+D = TypeVar("D", bound=Dataset)
+
 # A writer: name, images [n, 28, 28] uint8 on white 255, labels [n].
 Person = tuple[str, NDArray[np.uint8], NDArray[Any]]
 
 # json.dumps of 784 floats costs some 0.4 ms an image, joining the 256 possible texts a tenth of it.
 PIXEL_TEXTS = [json.dumps(value / 255) for value in range(256)]
+
+
+def whole(kind: type[D], **fields: Any) -> D:
+    """Return the dataset `kind` of which nothing is left out, with the `fields` of its own."""
+    kept = {"partition": "writer", "alpha": 0.5, "shards": 2, "classes": None}
+    return kind(**{**kept, "fraction": 1.0, "min_images": 0, "seed": 0, **fields})
 
 
 def write_leaf_shards(

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from femfed.data.source import Dataset
 from femfed.data.store import CHARACTERS, CLASSES, Bytes, Handwriting, OnWriter, WriterStore, stored
 from femfed.seeds import generator
 
@@ -176,23 +177,19 @@ REACH = 2  # pixels a pen point can darken on each side of the nearest one
 
 
 @dataclass(frozen=True)
-class Glyphs:
-    """Synthetic writers in the manner of FEMNIST.
+class Glyphs(Dataset):
+    """Synthetic writers in the manner of FEMNIST; another `seed`, other writers.
 
     Attributes:
         writers: how many there are; None for as many as a run asks for.
-        seed: another seed, other writers.
     """
 
     writers: int | None
-    seed: int
 
-    @property
-    def name(self) -> str:
-        """Name the dataset as every result states it."""
-        return "glyphs (synthetic)"
+    name = "glyphs (synthetic)"
+    variant = "synthetic writers drawn as pen strokes"
 
-    def store(self, cache: Path, writers: int, on_writer: OnWriter | None = None) -> WriterStore:
+    def convert(self, cache: Path, writers: int, on_writer: OnWriter | None = None) -> WriterStore:
         """Return the store of `self.writers` writers, or of as many as are wanted."""
         count = writers if self.writers is None else self.writers
         source = {"dataset": "glyphs", "version": VERSION, "seed": self.seed, "writers": count}

@@ -10,7 +10,6 @@ and stands either in two files, `train/all_data_{k}_niid_0_keep_0_train_9.json` 
 `test/all_data_{k}_niid_0_keep_0_test_9.json`, or in one file that publishes no split.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from femfed import UserError
+from femfed.data.source import Dataset, Published, fingerprint, located, unreadable
 from femfed.data.store import CLASSES, Bytes, Handwriting, OnWriter, WriterStore, stored
 
 PIXELS = 28 * 28
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Leaf:
+class Leaf(Dataset):
     """FEMNIST as LEAF's scripts publish it, in files the user has.
 
     Attributes:
@@ -41,12 +41,11 @@ class Leaf:
 
     path: str | None
 
-    @property
-    def name(self) -> str:
-        """Name the dataset as every result states it."""
-        return "leaf"
+    name = "leaf"
+    variant = "LEAF FEMNIST (--sf 1.0 -k 0 -t sample)"
+    published = Published(writers=3_597, images=817_851)
 
-    def store(self, cache: Path, writers: int, on_writer: OnWriter | None = None) -> WriterStore:
+    def convert(self, cache: Path, writers: int, on_writer: OnWriter | None = None) -> WriterStore:
         """Return the store of the shards; all their writers are in it, however many are wanted.
 
         The shards themselves are read only if no store was made of them yet, or if a file's size or
@@ -55,30 +54,14 @@ class Leaf:
         Raises:
             UserError: the path, a file's JSON or a writer's data is not what LEAF writes.
         """
-        if self.path is None or not str(self.path).strip():
-            raise UserError(
-                f"dataset.path is {self.path!r}; dataset=leaf needs dataset.path=DIR, the folder "
-                "that holds LEAF's train/ and test/ (or its JSON shards)"
-            )
-        # The shell leaves the tilde of `dataset.path=~/leaf` alone; where there is no such home,
-        # Path.expanduser would raise and this leaves it too.
-        root = Path(os.path.expanduser(str(self.path)))
+        root = located(
+            self.path, self.name, "the folder that holds LEAF's train/ and test/ (or JSON shards)"
+        )
         try:
-            if not root.exists():
-                raise UserError(
-                    f"dataset.path={self.path} does not exist (looked for {root.absolute()}); "
-                    "expected the folder that holds LEAF's train/ and test/ (or its JSON shards); "
-                    "correct dataset.path=DIR"
-                )
-            root = root.resolve()
             shards = _find(root)
-            files = [
-                [os.path.relpath(file, root), file.stat().st_size, file.stat().st_mtime_ns]
-                for shard in shards
-                for file in shard.files
-            ]
         except OSError as error:
-            raise UserError(_unreadable(Path(error.filename or root), error)) from error
+            raise unreadable(Path(error.filename or root), error) from error
+        files = fingerprint(root, (file for shard in shards for file in shard.files))
         source = {"dataset": self.name, "path": str(root), "files": files}
         return stored(cache, source, lambda: _writers(shards), on_writer)
 
@@ -217,7 +200,7 @@ def _read(file: Path) -> _Contents:
     try:
         text = file.read_bytes()
     except OSError as error:
-        raise UserError(_unreadable(file, error)) from error
+        raise unreadable(file, error) from error
     contents = _decode(text, _Contents, str(file))
     users, counts = contents.users, contents.num_samples
     if len(users) != len(counts):
@@ -343,10 +326,3 @@ def _place(text: bytes, at: int) -> str:
     if images < 1:
         return place
     return f"{place}, image {images - 1}, pixel {text.count(b',', text.rfind(b'[', x, at), at)}"
-
-
-def _unreadable(file: Path, error: OSError) -> str:
-    return (
-        f"cannot read {file}: {error.strerror or error}; expected a readable file or folder; "
-        "correct its permissions or dataset.path=DIR"
-    )

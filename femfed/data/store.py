@@ -4,6 +4,9 @@ A store is a folder of three files: `images.u8` (all images, row-major `[n, 28, 
 (`[n]`) and `index.json` (the writers, in order, and what is said of the dataset). A writer's rows
 are contiguous, so a writer is two views and no copy. Workers map the files read-only and share
 their pages.
+
+A view is a folder of two: `rows.i32`, which names rows of another store's images, and its own
+`index.json`. It regroups images (a selection, a partition) at four bytes an image.
 """
 
 import hashlib
@@ -12,9 +15,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +27,7 @@ from femfed.seeds import generator
 
 CLASSES = 62
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-FORMAT = 1  # raise it when the files of a store change their meaning: older stores are then remade
+FORMAT = 2  # raise it when the files of a store change their meaning: older stores are then remade
 
 Bytes = NDArray[np.uint8]
 Rows = NDArray[np.int32]
@@ -43,6 +46,7 @@ class Handwriting:
         labels: `[n]` integers in [0, 62).
         train_examples: the first so many rows are the published training split; None where the
             source publishes no split.
+        apart: whether the source keeps this writer apart from those who train.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Handwriting:
     images: Bytes
     labels: NDArray[Any]
     train_examples: int | None = None
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,15 +81,47 @@ class Writer:
     test: Rows
 
 
-class Dataset(Protocol):
-    """What `conf/dataset/NAME.yaml` builds: a source of handwriting that can be stored."""
+@dataclass(frozen=True)
+class Columns:
+    """What a store's index says of its writers: one entry each, in order.
 
-    @property
-    def name(self) -> str:
-        """Name the dataset and its variant as every result states it."""
+    Attributes:
+        names: the writers' names.
+        numbers: shard of each writer.
+        subject_numbers: place of each writer in its shard.
+        examples: images of each writer.
+        train_examples: length of each writer's published training split, -1 where there is none.
+        apart: whether the source keeps the writer apart from those who train.
+    """
 
-    def store(self, cache: Path, writers: int, on_writer: OnWriter | None = None) -> "WriterStore":
-        """Return the store below `cache`, made now if it is not there; `writers` are wanted."""
+    names: list[str] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    subject_numbers: list[int] = field(default_factory=list)
+    examples: list[int] = field(default_factory=list)
+    train_examples: list[int] = field(default_factory=list)
+    apart: list[bool] = field(default_factory=list)
+
+    def append(self, writer: Handwriting) -> None:
+        """Add one writer."""
+        published = writer.train_examples
+        self.names.append(writer.name)
+        self.numbers.append(writer.number)
+        self.subject_numbers.append(writer.subject_number)
+        self.examples.append(len(writer.labels))
+        self.train_examples.append(-1 if published is None else published)
+        self.apart.append(writer.apart)
+
+    def copy(self, store: "WriterStore", index: int, examples: int, train_examples: int) -> None:
+        """Add writer `index` of `store`, of whom only some images are kept."""
+        self.names.append(store.names[index])
+        self.numbers.append(int(store.numbers[index]))
+        self.subject_numbers.append(int(store.subject_numbers[index]))
+        self.examples.append(examples)
+        self.train_examples.append(train_examples)
+        self.apart.append(bool(store.apart[index]))
+
+
+View = tuple[Columns, Rows]
 
 
 @dataclass(frozen=True)
@@ -98,6 +135,8 @@ class WriterStore:
         subject_numbers: place of each writer in its shard, `[writers]`.
         offsets: first row of each writer and one past the last, `[writers + 1]`.
         train_examples: length of each writer's published training split, -1 where there is none.
+        apart: whether the source keeps the writer apart from those who train, `[writers]` bool.
+        rows: rows of `images` in the writers' order, `[offsets[-1]]`; None where that is all rows.
         images: `[n, 28, 28]` uint8.
         labels: `[n]` uint8.
         skipped_writers: writers of the source without a single image, left out.
@@ -109,16 +148,22 @@ class WriterStore:
     subject_numbers: NDArray[np.int64]
     offsets: NDArray[np.int64]
     train_examples: NDArray[np.int64]
+    apart: NDArray[np.bool_]
+    rows: Rows | None
     images: Bytes
     labels: Bytes
     skipped_writers: int
 
     @classmethod
     def open(cls, folder: Path) -> "WriterStore":
-        """Map the store in `folder`; nothing is read but its index."""
+        """Map the store or view in `folder`; nothing is read but its index."""
         index = json.loads((folder / "index.json").read_bytes())
         offsets = np.concatenate([[0], np.cumsum(index["examples"], dtype=np.int64)])
-        n = int(offsets[-1])
+        n, files, rows = int(offsets[-1]), folder, None
+        if "view_of" in index:
+            rows = np.memmap(folder / "rows.i32", np.int32, "r", shape=(n,))
+            files = folder.parent / index["view_of"]
+            n = (files / "labels.u8").stat().st_size
         return cls(
             folder=folder,
             names=tuple(index["names"]),
@@ -126,8 +171,10 @@ class WriterStore:
             subject_numbers=np.asarray(index["subject_numbers"], np.int64),
             offsets=offsets,
             train_examples=np.asarray(index["train_examples"], np.int64),
-            images=np.memmap(folder / "images.u8", np.uint8, "r", shape=(n, 28, 28)),
-            labels=np.memmap(folder / "labels.u8", np.uint8, "r", shape=(n,)),
+            apart=np.asarray(index["apart"], np.bool_),
+            rows=rows,
+            images=np.memmap(files / "images.u8", np.uint8, "r", shape=(n, 28, 28)),
+            labels=np.memmap(files / "labels.u8", np.uint8, "r", shape=(n,)),
             skipped_writers=index["skipped_writers"],
         )
 
@@ -139,6 +186,13 @@ class WriterStore:
         """Images of each writer, `[writers]`."""
         return np.diff(self.offsets)
 
+    def rows_of(self, index: int) -> Rows:
+        """Return the rows of `images` that writer `index` owns, `[n]`."""
+        start, stop = int(self.offsets[index]), int(self.offsets[index + 1])
+        return (
+            np.arange(start, stop, dtype=np.int32) if self.rows is None else self.rows[start:stop]
+        )
+
     def writer(self, index: int, test_fraction: float, seed: int) -> Writer:
         """Return writer `index`, split as published or, where nothing is, by `seed`.
 
@@ -148,8 +202,11 @@ class WriterStore:
                 least one image is always left to train on.
             seed: seed of the run.
         """
-        start, stop = int(self.offsets[index]), int(self.offsets[index + 1])
-        n, published = stop - start, int(self.train_examples[index])
+        owned = self.rows_of(index)
+        n, published = len(owned), int(self.train_examples[index])
+        # Rows in sequence are a view of the mapped file; those that a view scattered are copied.
+        in_sequence = n > 0 and np.array_equal(owned, np.arange(owned[0], owned[0] + n))
+        place: Any = slice(int(owned[0]), int(owned[0]) + n) if in_sequence else owned
         if published >= 0:
             rows, cut = np.arange(n, dtype=np.int32), published
         else:
@@ -159,8 +216,8 @@ class WriterStore:
             name=self.names[index],
             number=int(self.numbers[index]),
             subject_number=int(self.subject_numbers[index]),
-            images=self.images[start:stop],
-            labels=self.labels[start:stop],
+            images=self.images[place],
+            labels=self.labels[place],
             train=np.sort(rows[:cut]),
             test=np.sort(rows[cut:]),
         )
@@ -188,8 +245,39 @@ def stored(
     Raises:
         UserError: the source holds something that is not FEMNIST, or no image at all.
     """
+    return _made(
+        cache, source["dataset"], source, lambda folder: _write(folder, writers(), on_writer)
+    )
+
+
+def viewed(parent: WriterStore, rule: dict[str, Any], regroup: Callable[[], View]) -> WriterStore:
+    """Return the view of `parent` that `rule` describes, opened if it is there, else made.
+
+    Args:
+        parent: the store, or a view of it, whose images are regrouped.
+        rule: whatever identifies the view among all views of `parent`.
+        regroup: returns the writers' columns and the rows of `parent.images` in their order.
+    """
+
+    def write(folder: Path) -> None:
+        columns, rows = regroup()
+        with (folder / "rows.i32").open("wb") as file:
+            file.write(np.ascontiguousarray(rows, np.int32).data)
+            file.flush()
+            os.fsync(file.fileno())
+        _write_index(folder, columns, parent.skipped_writers, view_of=store.name)
+
+    store = Path(str(parent.images.filename)).parent  # type: ignore[attr-defined]
+    source = {"view_of": parent.folder.name, **rule}
+    return _made(parent.folder.parent, store.name.rpartition("-")[0] + "-view", source, write)
+
+
+def _made(
+    cache: Path, name: str, source: dict[str, Any], write: Callable[[Path], None]
+) -> WriterStore:
+    """Open the store of `source` below `cache`, made first by `write` if it is not there."""
     key = json.dumps({"format": FORMAT, **source}, sort_keys=True)
-    folder = cache / f"{source['dataset']}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder = cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not (folder / "index.json").exists():
         try:
             cache.mkdir(parents=True, exist_ok=True)
@@ -200,7 +288,7 @@ def stored(
                 "give another folder with cache=DIR"
             ) from error
         try:
-            _write(partial, writers(), on_writer)
+            write(partial)
             try:
                 partial.rename(folder)
             except OSError:
@@ -212,9 +300,7 @@ def stored(
 
 
 def _write(folder: Path, writers: Iterable[Handwriting], on_writer: OnWriter | None) -> None:
-    columns: dict[str, list[Any]] = {
-        "names": [], "numbers": [], "subject_numbers": [], "examples": [], "train_examples": []
-    }  # fmt: skip
+    columns = Columns()
     seen: set[str] = set()
     skipped = 0
     with (folder / "images.u8").open("wb") as images, (folder / "labels.u8").open("wb") as labels:
@@ -228,20 +314,20 @@ def _write(folder: Path, writers: Iterable[Handwriting], on_writer: OnWriter | N
                 continue
             images.write(np.ascontiguousarray(writer.images).data)
             labels.write(writer.labels.astype(np.uint8).tobytes())
-            columns["names"].append(writer.name)
-            columns["numbers"].append(writer.number)
-            columns["subject_numbers"].append(writer.subject_number)
-            columns["examples"].append(len(writer.labels))
-            published = writer.train_examples
-            columns["train_examples"].append(-1 if published is None else published)
+            columns.append(writer)
             if on_writer:
-                on_writer(len(columns["names"]))
+                on_writer(len(columns.names))
         for file in (images, labels):
             file.flush()
             os.fsync(file.fileno())
-    if not columns["names"]:
+    if not columns.names:
         raise UserError(f"the dataset has no images ({skipped} writers, all of them empty)")
-    (folder / "index.json").write_text(json.dumps({**columns, "skipped_writers": skipped}))
+    _write_index(folder, columns, skipped)
+
+
+def _write_index(folder: Path, columns: Columns, skipped_writers: int, **more: str) -> None:
+    index = {**vars(columns), "skipped_writers": skipped_writers, **more}
+    (folder / "index.json").write_text(json.dumps(index))
 
 
 def _check(writer: Handwriting) -> None:
