@@ -339,7 +339,7 @@ def test_broken_text_is_named_by_file_and_byte(case: str, tmp_path: Path, cache:
 
 @pytest.mark.parametrize("path", [None, "", "  "])
 def test_no_path_says_which_key_to_set(path: str | None, cache: Path) -> None:
-    with pytest.raises(UserError, match=r"dataset=leaf needs dataset\.path=DIR"):
+    with pytest.raises(UserError, match=r"dataset=leaf needs dataset\.path=PATH"):
         whole(Leaf, path=path).store(cache, 2)
 
 

@@ -1,4 +1,4 @@
-"""What every dataset has in common: where it comes from, its published counts, what is kept of it."""
+"""What all datasets have in common: their published counts and what is kept of them."""
 
 import os
 import re
