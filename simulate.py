@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from femfed import RunError, Stopped, UserError, checkpoint, config
 
 if TYPE_CHECKING:  # TensorFlow, Flower and Ray take seconds to import: mistakes are told before
+    from femfed.data.source import Dataset
     from femfed.data.store import WriterStore
     from femfed.engine.rounds import Federation, Round
     from femfed.report.progress import Progress
@@ -60,36 +61,22 @@ def simulate(cfg: DictConfig) -> None:
 
 def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) -> None:
     """Build what `cfg` describes, run it, and leave the results in `folder`."""
-    from femfed.engine.rounds import Schedule, draw_federation
+    from femfed.engine.rounds import Schedule
     from femfed.report.progress import Progress
 
     dataset = config.make(cfg.dataset, "dataset")
     strategy = config.make(cfg.strategy, "strategy")
     model = config.make(cfg.model, "model")
     title = f"{dataset.name}, {strategy_name}, {model_name}, {cfg.clients} clients, seed {cfg.seed}"
-    about = {"dataset": dataset.name, "strategy": strategy_name, "model": model_name}
+    about = {"dataset": dataset.name, "variant": dataset.variant, "partition": dataset.partition}
+    about |= {"strategy": strategy_name, "model": model_name}
     about |= {key: cfg[key] for key in ("clients", "clients_per_round", "rounds", "seed")}
     with (
         noise_to(folder / "simulate.log") as stdout,
         Progress(cfg.rounds, title, stdout.isatty(), cfg.list_clients, stdout) as progress,
     ):
         progress.status(f"opening the dataset {dataset.name}")
-        wanted = round(cfg.clients / (1 - cfg.evaluate.unseen_fraction))
-        store = dataset.store(
-            Path(cfg.cache).expanduser(),
-            wanted,
-            lambda count: count % 200 or progress.status(f"converting: {count} writers"),
-        )
-        if store.skipped_writers:
-            progress.message(f"{store.skipped_writers} writers without images are left out")
-        trainable = np.flatnonzero(store.train_examples != 0)
-        federation = draw_federation(cfg.seed, trainable, cfg.clients, cfg.evaluate.unseen_fraction)
-        unseen = round(cfg.evaluate.unseen_fraction * len(trainable))
-        if len(federation.unseen) < unseen:
-            progress.message(
-                f"{len(federation.unseen)} unseen writers instead of {unseen}: "
-                f"clients={cfg.clients} of {len(trainable)} writers leaves no more"
-            )
+        store, federation = open_dataset(dataset, cfg, progress)
         by_value = cfg.engine.wire == "value"
         workers = cfg.engine.workers or len(os.sched_getaffinity(0))
         if cfg.engine.kind == "inline":
@@ -139,6 +126,39 @@ def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) 
         keras_model.save(folder / "model.keras")
         results.finish(title, about, run.weights, run.peak_memory)
     print(f"results in {os.path.relpath(folder)}")
+
+
+def open_dataset(
+    dataset: "Dataset", cfg: DictConfig, progress: "Progress"
+) -> "tuple[WriterStore, Federation]":
+    """Return the writers and who of them takes part; what differs from the published is told."""
+    from femfed.data.partition import partition
+    from femfed.engine.rounds import Federation, draw_federation
+
+    unseen_fraction = cfg.evaluate.unseen_fraction
+    everything = dataset.convert(
+        Path(cfg.cache).expanduser(),
+        round(cfg.clients / (1 - unseen_fraction)),
+        lambda count: count % 200 or progress.status(f"converting: {count} writers"),
+    )
+    for line in dataset.remarks(everything):
+        progress.message(line)
+    store = dataset.select(everything)
+    trainable = np.flatnonzero(~store.apart & (store.train_examples != 0))
+    apart = np.flatnonzero(store.apart)
+    federation = draw_federation(cfg.seed, trainable, apart, cfg.clients, unseen_fraction)
+    unseen = round(unseen_fraction * len(trainable))
+    if len(federation.unseen) < unseen:
+        progress.message(
+            f"{len(federation.unseen)} unseen writers instead of {unseen}: "
+            f"clients={cfg.clients} of {len(store)} writers leaves no more"
+        )
+    if dataset.partition == "writer":
+        return store, federation
+    clients, test_fraction = federation.clients, cfg.evaluate.test_fraction
+    store = partition(dataset, store, clients, federation.unseen, test_fraction, cfg.seed)
+    everyone = np.arange(len(store))
+    return store, Federation(everyone[: cfg.clients], everyone[cfg.clients :])
 
 
 class Results:

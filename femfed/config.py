@@ -188,6 +188,7 @@ def explain(error: Exception) -> str:
 def unknown(key: str) -> str:
     """Return the line that says that there is no such key, and which was probably meant."""
     known = _keys(Config, "")
+    known += [f"dataset.{name!s}" for name in OmegaConf.load(CONF / "config.yaml").dataset]
     for path in CONF.glob("*/*.yaml"):
         known += [f"{path.parent.name}.{name!s}" for name in OmegaConf.load(path)]
     close = difflib.get_close_matches(key, sorted(set(known)), n=1)

@@ -30,6 +30,7 @@ from femfed.seeds import generator
 from femfed.strategies.base import Outcome, State, Strategy, Weights
 
 SCHEDULE = Schedule(seed=3, rounds=7, clients=20, clients_per_round=4, evaluate_every=3)
+NOBODY = np.empty(0, np.int64)
 TRAINABLE = np.arange(50) * 2  # every second writer has images to train on
 
 
@@ -89,28 +90,28 @@ def test_a_cohort_of_everybody() -> None:
 
 
 def test_a_smaller_federation_is_part_of_a_larger() -> None:
-    small = draw_federation(0, TRAINABLE, 10, 0.1)
-    large = draw_federation(0, TRAINABLE, 45, 0.1)
+    small = draw_federation(0, TRAINABLE, NOBODY, 10, 0.1)
+    large = draw_federation(0, TRAINABLE, NOBODY, 45, 0.1)
 
     assert small.clients.tolist() == large.clients[:10].tolist()
     assert small.unseen.tolist() == large.unseen.tolist()
     assert (len(large.clients), len(large.unseen)) == (45, 5)
     everybody = sorted([*large.clients.tolist(), *large.unseen.tolist()])
     assert everybody == TRAINABLE.tolist()  # nobody twice, nobody without images
-    assert small.clients.tolist() != draw_federation(1, TRAINABLE, 10, 0.1).clients.tolist()
+    assert small.clients.tolist() != draw_federation(1, TRAINABLE, NOBODY, 10, 0.1).clients.tolist()
 
 
 def test_the_unseen_yield_to_the_clients() -> None:
-    assert len(draw_federation(0, TRAINABLE, 48, 0.1).unseen) == 2
-    everybody = draw_federation(0, TRAINABLE, 50, 0.1)
+    assert len(draw_federation(0, TRAINABLE, NOBODY, 48, 0.1).unseen) == 2
+    everybody = draw_federation(0, TRAINABLE, NOBODY, 50, 0.1)
     assert sorted(everybody.clients.tolist()) == TRAINABLE.tolist()
     assert everybody.unseen.tolist() == []
-    assert draw_federation(0, TRAINABLE, 10, 0.0).unseen.tolist() == []
+    assert draw_federation(0, TRAINABLE, NOBODY, 10, 0.0).unseen.tolist() == []
 
 
 def test_too_many_clients_are_refused() -> None:
     with pytest.raises(UserError, match=r"clients=51, but the dataset has 50 writers; expected"):
-        draw_federation(0, TRAINABLE, 51, 0.1)
+        draw_federation(0, TRAINABLE, NOBODY, 51, 0.1)
 
 
 # outcomes
@@ -281,6 +282,8 @@ def store(tmp_path: Path) -> WriterStore:
         subject_numbers=n % 10,
         offsets=np.arange(24),
         train_examples=np.full(23, -1),
+        apart=np.zeros(23, np.bool_),
+        rows=None,
         images=np.zeros((23, 28, 28), np.uint8),
         labels=np.zeros(23, np.uint8),
         skipped_writers=0,

@@ -96,17 +96,14 @@ class Dataset(ABC):
         """
 
     def store(self, cache: Path, writers: int, on_writer: OnWriter | None = None) -> WriterStore:
-        """Return the writers that `classes`, `fraction` and `min_images` keep.
+        return self.select(self.convert(cache, writers, on_writer))  # XXX goes
 
-        Args:
-            cache: folder of all stores.
-            writers: how many the run wants.
-            on_writer: called with the number of writers converted so far.
+    def select(self, everything: WriterStore) -> WriterStore:
+        """Return the writers and images that `classes`, `fraction` and `min_images` keep.
 
         Raises:
-            UserError: the source is not what it should be, or nothing of it is kept.
+            UserError: nothing is kept.
         """
-        everything = self.convert(cache, writers, on_writer)
         labels = labels_of(self.classes)
         if len(labels) == CLASSES and self.fraction == 1 and not self.min_images:
             return everything
@@ -118,15 +115,22 @@ class Dataset(ABC):
         }
         return viewed(everything, rule, lambda: self._select(everything, labels))
 
-    def differences(self, everything: WriterStore) -> list[str]:
-        """Say in a line each how the counts of `everything` differ from the published ones."""
+    def remarks(self, everything: WriterStore) -> list[str]:
+        """Say in a line each what was left out and how the counts differ from the published ones.
+
+        Writers whom the source keeps apart do not count.
+        """
+        lines = []
+        if everything.skipped_writers:
+            lines.append(f"{everything.skipped_writers} writers without images are left out")
         if self.published is None:
-            return []
-        images = int(everything.offsets[-1])
-        return [
+            return lines
+        trainable = ~everything.apart
+        images = int(everything.examples[trainable].sum())
+        return lines + [
             f"{count:,} {what}, where {self.variant} is published with {published:,}"
             for what, count, published in (
-                ("writers", len(everything), self.published.writers),
+                ("writers", int(trainable.sum()), self.published.writers),
                 ("images", images, self.published.images),
             )
             if count != published

@@ -30,18 +30,20 @@ class Federation:
 
 
 def draw_federation(
-    seed: int, trainable: Writers, clients: int, unseen_fraction: float
+    seed: int, trainable: Writers, apart: Writers, clients: int, unseen_fraction: float
 ) -> Federation:
     """Draw the clients from the front and the unseen writers from the back of one permutation.
 
     So on the same writers a smaller federation is a part of a larger one, and the unseen writers
-    stay the same however many clients there are (as long as enough writers are left).
+    stay the same however many clients there are (as long as enough writers are left). Where the
+    dataset itself keeps writers apart, the unseen ones are drawn from those instead.
 
     Args:
         seed: seed of the run.
         trainable: the dataset's writers that have images to train on.
+        apart: writers that the dataset keeps apart from those who train.
         clients: writers in the federation.
-        unseen_fraction: share of the dataset's writers that never train.
+        unseen_fraction: writers that never train, as a share of the trainable ones.
 
     Raises:
         UserError: there are fewer writers than clients.
@@ -52,8 +54,9 @@ def draw_federation(
             f"expected clients <= {len(trainable)}"
         )
     order = generator(seed, "federation").permutation(trainable)
-    unseen = min(round(unseen_fraction * len(trainable)), len(trainable) - clients)
-    return Federation(order[:clients], order[len(order) - unseen :])
+    others = generator(seed, "unseen").permutation(apart) if len(apart) else order[clients:]
+    unseen = min(round(unseen_fraction * len(trainable)), len(others))
+    return Federation(order[:clients], others[len(others) - unseen :])
 
 
 def draw_cohort(seed: int, round: int, clients: int, clients_per_round: int) -> Writers:
