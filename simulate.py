@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import hydra
-import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -28,9 +27,9 @@ from omegaconf.errors import OmegaConfBaseException
 from femfed import RunError, Stopped, UserError, checkpoint, config
 
 if TYPE_CHECKING:  # TensorFlow, Flower and Ray take seconds to import: mistakes are told before
-    from femfed.data.source import Dataset
     from femfed.data.store import WriterStore
-    from femfed.engine.rounds import Federation, Round
+    from femfed.engine.federation import Federation
+    from femfed.engine.rounds import Round
     from femfed.report.progress import Progress
 
 LIBRARIES = ("femfed", "flwr", "ray", "tensorflow", "keras", "numpy", "hydra-core")
@@ -61,6 +60,7 @@ def simulate(cfg: DictConfig) -> None:
 
 def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) -> None:
     """Build what `cfg` describes, run it, and leave the results in `folder`."""
+    from femfed.engine.federation import open_federation
     from femfed.engine.rounds import Schedule
     from femfed.report.progress import Progress
 
@@ -75,8 +75,16 @@ def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) 
         noise_to(folder / "simulate.log") as stdout,
         Progress(cfg.rounds, title, stdout.isatty(), cfg.list_clients, stdout) as progress,
     ):
-        progress.status(f"opening the dataset {dataset.name}")
-        store, federation = open_dataset(dataset, cfg, progress)
+        store, federation = open_federation(
+            dataset,
+            cache=Path(cfg.cache).expanduser(),
+            clients=cfg.clients,
+            seed=cfg.seed,
+            unseen_fraction=cfg.evaluate.unseen_fraction,
+            test_fraction=cfg.evaluate.test_fraction,
+            on_status=progress.status,
+            on_message=progress.message,
+        )
         by_value = cfg.engine.wire == "value"
         workers = cfg.engine.workers or len(os.sched_getaffinity(0))
         if cfg.engine.kind == "inline":
@@ -126,39 +134,6 @@ def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) 
         keras_model.save(folder / "model.keras")
         results.finish(title, about, run.weights, run.peak_memory)
     print(f"results in {os.path.relpath(folder)}")
-
-
-def open_dataset(
-    dataset: "Dataset", cfg: DictConfig, progress: "Progress"
-) -> "tuple[WriterStore, Federation]":
-    """Return the writers and who of them takes part; what differs from the published is told."""
-    from femfed.data.partition import partition
-    from femfed.engine.rounds import Federation, draw_federation
-
-    unseen_fraction = cfg.evaluate.unseen_fraction
-    everything = dataset.convert(
-        Path(cfg.cache).expanduser(),
-        round(cfg.clients / (1 - unseen_fraction)),
-        lambda count: count % 200 or progress.status(f"converting: {count} writers"),
-    )
-    for line in dataset.remarks(everything):
-        progress.message(line)
-    store = dataset.select(everything)
-    trainable = np.flatnonzero(~store.apart & (store.train_examples != 0))
-    apart = np.flatnonzero(store.apart)
-    federation = draw_federation(cfg.seed, trainable, apart, cfg.clients, unseen_fraction)
-    unseen = round(unseen_fraction * len(trainable))
-    if len(federation.unseen) < unseen:
-        progress.message(
-            f"{len(federation.unseen)} unseen writers instead of {unseen}: "
-            f"clients={cfg.clients} of {len(store)} writers leaves no more"
-        )
-    if dataset.partition == "writer":
-        return store, federation
-    clients, test_fraction = federation.clients, cfg.evaluate.test_fraction
-    store = partition(dataset, store, clients, federation.unseen, test_fraction, cfg.seed)
-    everyone = np.arange(len(store))
-    return store, Federation(everyone[: cfg.clients], everyone[cfg.clients :])
 
 
 class Results:

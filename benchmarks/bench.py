@@ -15,7 +15,8 @@ import numpy as np
 from femfed.client import Local, LocalTraining
 from femfed.data.store import Handwriting, WriterStore, stored
 from femfed.engine.apps import Job, Run
-from femfed.engine.rounds import Federation, Round, Schedule
+from femfed.engine.federation import Federation
+from femfed.engine.rounds import Round, Schedule
 from femfed.models import CNN, Model, PooledCNN
 from femfed.strategies.base import Strategy
 from femfed.strategies.fedavg import FedAvg

@@ -27,7 +27,7 @@ OURS = {
     "data": {"data.store", "data.source"},
     "strategies": {"strategies.base"},
     "client": {"strategies.base", "models", "data.store"},
-    "engine": {"engine", "client", "data.store", "strategies.base", "models", "checkpoint"},
+    "engine": {"engine", "client", "data", "strategies.base", "models", "checkpoint"},
 }
 # Library -> the rooms that may import it.
 LIBRARIES = {

@@ -10,15 +10,13 @@ import pytest
 
 from femfed import UserError
 from femfed.data.store import WriterStore
+from femfed.engine.federation import Federation, Writers, draw_federation
 from femfed.engine.rounds import (
-    Federation,
     Round,
     Schedule,
     Trained,
-    Writers,
     client_rows,
     draw_cohort,
-    draw_federation,
     pooled,
     row,
     run_rounds,

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from femfed import RunError
 from femfed.client import LARGEST_SUM, DivergedError, Local, LocalTraining, flatten, unflatten
 from femfed.data.store import Writer, WriterStore
-from femfed.engine.rounds import Federation, Round, Schedule, Trained, Writers, run_rounds
+from femfed.engine.federation import Federation, Writers
+from femfed.engine.rounds import Round, Schedule, Trained, run_rounds
 from femfed.engine.wire import Inbox, Outbox, SharedFolder, construct, describe, to_json
 from femfed.models import Model
 from femfed.strategies.base import Outcome, State, Strategy, Update, Weights

@@ -6,57 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from femfed import UserError
 from femfed.data.store import WriterStore
+from femfed.engine.federation import Federation, Writers
 from femfed.seeds import generator
 from femfed.strategies.base import Outcome, State, Strategy, Weights
-
-Writers = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Federation:
-    """Which writers take part.
-
-    Attributes:
-        clients: writer of each client, `[clients]`; client i is always the same writer.
-        unseen: writers who never train and are only evaluated.
-    """
-
-    clients: Writers
-    unseen: Writers
-
-
-def draw_federation(
-    seed: int, trainable: Writers, apart: Writers, clients: int, unseen_fraction: float
-) -> Federation:
-    """Draw the clients from the front and the unseen writers from the back of one permutation.
-
-    So on the same writers a smaller federation is a part of a larger one, and the unseen writers
-    stay the same however many clients there are (as long as enough writers are left). Where the
-    dataset itself keeps writers apart, the unseen ones are drawn from those instead.
-
-    Args:
-        seed: seed of the run.
-        trainable: the dataset's writers that have images to train on.
-        apart: writers that the dataset keeps apart from those who train.
-        clients: writers in the federation.
-        unseen_fraction: writers that never train, as a share of the trainable ones.
-
-    Raises:
-        UserError: there are fewer writers than clients.
-    """
-    if clients > len(trainable):
-        raise UserError(
-            f"clients={clients}, but the dataset has {len(trainable)} writers; "
-            f"expected clients <= {len(trainable)}"
-        )
-    order = generator(seed, "federation").permutation(trainable)
-    others = generator(seed, "unseen").permutation(apart) if len(apart) else order[clients:]
-    unseen = min(round(unseen_fraction * len(trainable)), len(others))
-    return Federation(order[:clients], others[len(others) - unseen :])
 
 
 def draw_cohort(seed: int, round: int, clients: int, clients_per_round: int) -> Writers:
