@@ -4,16 +4,20 @@ import dataclasses
 import difflib
 import importlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
     MissingMandatoryValue,
+    OmegaConfBaseException,
     ValidationError,
 )
 
@@ -97,6 +101,22 @@ CHOICES = {"engine.kind": ("ray", "inline"), "engine.wire": ("reference", "value
 def register() -> None:
     """Make the schema known to Hydra as `schema`."""
     ConfigStore.instance().store(name="schema", node=Config)
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """Return the checked config of a command line of `simulate.py`.
+
+    Raises:
+        UserError: the command line is not understood, or a value is out of range.
+    """
+    register()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = hydra.compose("config", list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from None
+    check(cfg)
+    return cfg
 
 
 def check(cfg: DictConfig) -> None:

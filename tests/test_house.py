@@ -25,6 +25,8 @@ OURS = {
     "seeds": set(),
     "report": {"report"},
     "data": {"data.store", "data.source"},
+    # The two front doors: this one and simulate.py.
+    "data.__main__": {"config", "data.overview", "engine.federation", "report.sheet"},
     "strategies": {"strategies.base"},
     "client": {"strategies.base", "models", "data.store"},
     "engine": {"engine", "client", "data", "strategies.base", "models", "checkpoint"},
@@ -37,7 +39,7 @@ LIBRARIES = {
     "keras": {"client", "models"},
     "ray": {"engine.ray"},
     "flwr": {"engine.apps", "engine.inline", "engine.wire", "engine.ray", "strategies.flower"},
-    "matplotlib": {"report.plots"},
+    "matplotlib": {"report.plots", "report.sheet"},
     "rich": {"report.progress"},
     "msgspec": {"data.leaf"},
 }
@@ -63,7 +65,7 @@ def test_a_room_imports_what_the_plan_allows(path: Path) -> None:
     for name in imports(path):
         top, _, rest = name.partition(".")
         if top == "femfed" and rest and rest != "seeds":
-            allowed = OURS[here.split(".")[0]]
+            allowed = OURS.get(here, OURS[here.split(".")[0]])
             room = rest.split(".")[0]
             assert rest in allowed or room in allowed, f"{here} imports {name}"
         for library, rooms in LIBRARIES.items():
@@ -73,7 +75,7 @@ def test_a_room_imports_what_the_plan_allows(path: Path) -> None:
 
 def test_no_strategy_imports_a_sibling_and_no_dataset_another() -> None:
     for room, shared in (("strategies", {"base"}), ("data", {"store", "source"})):
-        for path in (FEMFED / room).glob("*.py"):
+        for path in (FEMFED / room).glob("[!_]*.py"):
             siblings = [n for n in imports(path) if n.startswith(f"femfed.{room}.")]
             assert set(siblings) <= {f"femfed.{room}.{name}" for name in shared}, path
 
