@@ -1,17 +1,20 @@
 """What a dataset holds: `python -m femfed.data dataset=leaf dataset.path=DIR`.
 
-Takes the command line of `simulate.py`; prints a table of the clients of that run and writes a
-contact sheet of their handwriting to `outputs/`.
+Takes the command line of `simulate.py`; prints a table and writes a contact sheet to `outputs/`.
+Of the natural partition all writers are counted, of any other the clients of that run.
 """
 
 import sys
 from pathlib import Path
 
 import numpy as np
+from omegaconf import DictConfig
 
 from femfed import UserError, config
 from femfed.data.overview import overview, sheet, table
-from femfed.engine.federation import open_federation
+from femfed.data.source import Dataset
+from femfed.data.store import WriterStore
+from femfed.engine.federation import Writers, open_federation
 from femfed.report.sheet import draw_sheet
 
 SHOWN = 24  # writers on the contact sheet
@@ -25,48 +28,52 @@ def main(arguments: list[str]) -> int:
     try:
         cfg = config.compose(arguments)
         dataset = config.make(cfg.dataset, "dataset")
-        remarks: list[str] = []
-        store, federation = open_federation(
-            dataset,
-            cache=Path(cfg.cache).expanduser(),
-            clients=cfg.clients,
-            seed=cfg.seed,
-            unseen_fraction=cfg.evaluate.unseen_fraction,
-            test_fraction=cfg.evaluate.test_fraction,
-            on_status=lambda line: print(line, file=sys.stderr),
-            on_message=remarks.append,
-        )
-        clients = np.sort(federation.clients)
-        lines = table(dataset.variant, overview(store, clients))
-        published = int((store.train_examples[clients] >= 0).sum())
-        lines += [
-            ("partition", dataset.partition),
-            (
-                "split",
-                f"as published for {published:,} of the writers; of the others "
-                f"{cfg.evaluate.test_fraction:.0%} is held out by the seed",
-            ),
-            ("unseen writers", f"{len(federation.unseen):,}"),
-            ("of the dataset", f"{len(store):,} writers in {store.folder}"),
-            *(("note", remark) for remark in remarks),
-        ]
-        for name, value in lines:
-            print(f"{name:18}{value}")
-        path = Path("outputs") / f"{dataset.name.split()[0]}_{dataset.partition}.png"
-        path.parent.mkdir(exist_ok=True)
-        shown = clients[np.linspace(0, len(clients) - 1, min(SHOWN, len(clients))).astype(int)]
-        names = [store.names[index] for index in shown]
-        draw_sheet(
-            path,
-            f"{dataset.variant}: {len(shown)} of {len(clients)} clients",
-            names,
-            sheet(store, shown),
-        )
-        print(f"{'contact sheet':18}{path}")
+        store, members, remarks = writers_of(dataset, cfg)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    published = int((store.train_examples[members] >= 0).sum())
+    lines = [
+        *table(dataset.variant, overview(store, members)),
+        ("partition", dataset.partition),
+        (
+            "split",
+            f"as published for {published:,} of these writers; of the others "
+            f"{cfg.evaluate.test_fraction:.0%} is held out by the seed",
+        ),
+        ("kept apart", f"{int(store.apart.sum()):,} writers who never train"),
+        ("store", str(store.folder)),
+        *(("note", remark) for remark in remarks),
+    ]
+    path = Path("outputs") / f"{dataset.name.split()[0]}_{dataset.partition}.png"
+    path.parent.mkdir(exist_ok=True)
+    shown = members[np.linspace(0, len(members) - 1, min(SHOWN, len(members))).astype(int)]
+    names = [store.names[index] for index in shown]
+    title = f"{dataset.variant}, partition {dataset.partition}: {len(shown)} of {len(members)}"
+    draw_sheet(path, title, names, sheet(store, shown))
+    for name, value in [*lines, ("contact sheet", str(path))]:
+        print(f"{name:18}{value}")
     return 0
+
+
+def writers_of(dataset: Dataset, cfg: DictConfig) -> tuple[WriterStore, Writers, list[str]]:
+    """Return the store, who of it is described, and what is to be noted."""
+    cache, remarks = Path(cfg.cache).expanduser(), list[str]()
+    if dataset.partition == "writer":
+        everything = dataset.convert(cache, cfg.clients)
+        store = dataset.select(everything)
+        return store, np.arange(len(store)), dataset.remarks(everything)
+    store, federation = open_federation(
+        dataset,
+        cache=cache,
+        clients=cfg.clients,
+        seed=cfg.seed,
+        unseen_fraction=cfg.evaluate.unseen_fraction,
+        test_fraction=cfg.evaluate.test_fraction,
+        on_status=lambda line: None,
+        on_message=remarks.append,
+    )
+    return store, federation.clients, remarks
 
 
 if __name__ == "__main__":
