@@ -55,7 +55,7 @@ def write(root: Path, split: str, rows: Iterable[Sample]) -> Path:
 
 
 def store(path: Path, cache: Path, held_out: str = "test") -> WriterStore:
-    return whole(FedScale, path=str(path), held_out=held_out).store(cache, 2)
+    return whole(FedScale, path=str(path), held_out=held_out).convert(cache, 2)
 
 
 @pytest.fixture
@@ -401,7 +401,7 @@ def test_folder_for_a_csv_is_refused(split: str, root: Path, cache: Path) -> Non
 @pytest.mark.parametrize("path", [None, "", "  "])
 def test_no_path_says_which_key_to_set(path: str | None, cache: Path) -> None:
     with pytest.raises(UserError, match=r"dataset=fedscale needs dataset\.path=PATH"):
-        whole(FedScale, path=path, held_out="test").store(cache, 2)
+        whole(FedScale, path=path, held_out="test").convert(cache, 2)
 
 
 @pytest.mark.parametrize("method", ["open", "stat"])

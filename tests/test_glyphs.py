@@ -28,8 +28,8 @@ def test_a_writer_is_a_function_of_seed_and_writer(writers: list[tuple[Bytes, By
 
 
 def test_more_writers_leave_the_first_as_they_are(tmp_path: Path) -> None:
-    few = whole(Glyphs, writers=None, seed=5).store(tmp_path, 3)
-    many = whole(Glyphs, writers=10, seed=5).store(tmp_path, 3)
+    few = whole(Glyphs, writers=None, seed=5).convert(tmp_path, 3)
+    many = whole(Glyphs, writers=10, seed=5).convert(tmp_path, 3)
 
     assert (len(few), len(many)) == (3, 10)
     assert few.names == many.names[:3] == ("g0000_00", "g0000_01", "g0000_02")
@@ -39,7 +39,7 @@ def test_more_writers_leave_the_first_as_they_are(tmp_path: Path) -> None:
 
 
 def test_seeds_have_stores_of_their_own(tmp_path: Path) -> None:
-    stores = [whole(Glyphs, writers=None, seed=seed).store(tmp_path, 1) for seed in (0, 1, 0)]
+    stores = [whole(Glyphs, writers=None, seed=seed).convert(tmp_path, 1) for seed in (0, 1, 0)]
 
     assert stores[0].folder == stores[2].folder != stores[1].folder
 
@@ -50,7 +50,7 @@ def test_writers_stand_in_shards_of_a_hundred(
     blank = np.zeros(1, np.uint8), np.full((1, 28, 28), 255, np.uint8)
     monkeypatch.setattr("femfed.data.glyphs.draw_writer", lambda seed, writer: blank)
 
-    store = whole(Glyphs, writers=None, seed=0).store(tmp_path, 102)
+    store = whole(Glyphs, writers=None, seed=0).convert(tmp_path, 102)
 
     assert store.names[101] == "g0001_01"
     assert (store.numbers[101], store.subject_numbers[101]) == (1, 1)

@@ -42,6 +42,9 @@ LIBRARIES = {
     "matplotlib": {"report.plots", "report.sheet"},
     "rich": {"report.progress"},
     "msgspec": {"data.leaf"},
+    "h5py": {"data.tff"},
+    "google": {"data.tff"},
+    "PIL": {"data.fedscale"},
 }
 
 

@@ -38,7 +38,7 @@ def people(*examples: int) -> list[Person]:
 
 
 def store(path: Path, cache: Path) -> WriterStore:
-    return whole(Leaf, path=str(path)).store(cache, 2)
+    return whole(Leaf, path=str(path)).convert(cache, 2)
 
 
 def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -340,7 +340,7 @@ def test_broken_text_is_named_by_file_and_byte(case: str, tmp_path: Path, cache:
 @pytest.mark.parametrize("path", [None, "", "  "])
 def test_no_path_says_which_key_to_set(path: str | None, cache: Path) -> None:
     with pytest.raises(UserError, match=r"dataset=leaf needs dataset\.path=PATH"):
-        whole(Leaf, path=path).store(cache, 2)
+        whole(Leaf, path=path).convert(cache, 2)
 
 
 def test_missing_path_is_named_in_full(
@@ -355,7 +355,7 @@ def test_tilde_is_the_home_folder(
 ) -> None:
     monkeypatch.setenv("HOME", str(split.parent))
 
-    assert len(whole(Leaf, path="~/leaf").store(cache, 2)) == 3
+    assert len(whole(Leaf, path="~/leaf").convert(cache, 2)) == 3
 
 
 def test_folder_without_shards_is_refused(tmp_path: Path, cache: Path) -> None:

@@ -95,9 +95,6 @@ class Dataset(ABC):
             UserError: the source is not there, or not what it should be.
         """
 
-    def store(self, cache: Path, writers: int, on_writer: OnWriter | None = None) -> WriterStore:
-        return self.select(self.convert(cache, writers, on_writer))  # XXX goes
-
     def select(self, everything: WriterStore) -> WriterStore:
         """Return the writers and images that `classes`, `fraction` and `min_images` keep.
 

@@ -36,10 +36,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 from urllib.parse import quote
 
-import h5py  # type: ignore[import-untyped]
+import h5py
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory  # type: ignore[import-untyped]
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from femfed import UserError
