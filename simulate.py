@@ -112,6 +112,7 @@ def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) 
                     rounds=cfg.rounds,
                     clients=cfg.clients,
                     clients_per_round=cfg.clients_per_round,
+                    failure_rate=cfg.failure_rate,
                     evaluate_every=cfg.evaluate.every,
                 ),
                 federation=federation,
@@ -120,6 +121,7 @@ def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) 
                 workers=engine.workers,
                 bundle=cfg.engine.bundle,
                 by_value=by_value,
+                memory=folder.absolute() / "memory",
             )
             run = Run(
                 job=job,
@@ -155,6 +157,7 @@ class Results:
         progress: "Progress",
         checkpoint_every: int,
     ) -> None:
+        from femfed.engine.memory import Memories
         from femfed.report.events import Events
         from femfed.report.files import RunFiles
 
@@ -162,6 +165,7 @@ class Results:
         self._progress, self._checkpoint_every = progress, checkpoint_every
         self._files, self._events = RunFiles(folder), Events(folder)
         self._seconds = {"total": 0.0, "startup": 0.0, "train": 0.0, "evaluate": 0.0}
+        self._memories = Memories(folder / "memory")
         self._last: Round | None = None
 
     def on_round(self, finished: "Round") -> None:
@@ -181,6 +185,8 @@ class Results:
         if finished.number % self._checkpoint_every == 0 or finished.seen is not None:
             now = checkpoint.Checkpoint(finished.number, finished.weights, finished.state)
             checkpoint.save(self._folder / "checkpoint", now)
+            oldest = checkpoint.rounds(self._folder / "checkpoint")[0]
+            self._memories.prune(oldest)
         self._progress.round(row, clients)
 
     def finish(

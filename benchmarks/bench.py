@@ -44,28 +44,41 @@ def equal_writers(cache: Path, writers: int) -> WriterStore:
 
 
 def job(
-    store: WriterStore, model: Model, clients_per_round: int, rounds: int, workers: int = CORES
+    store: WriterStore,
+    model: Model,
+    clients_per_round: int,
+    rounds: int,
+    workers: int = CORES,
+    strategy: Strategy = FedAvg(),  # noqa: B008  # frozen
 ) -> Job:
-    """Return a FedAvg job over `store` that evaluates only after its last round."""
+    """Return a job over `store` that evaluates only after its last round."""
     nobody = np.zeros(0, np.int64)
     return Job(
         model=model,
-        strategy=FedAvg(),
+        strategy=strategy,
         local=LOCAL,
-        schedule=Schedule(0, rounds, len(store), clients_per_round, evaluate_every=rounds),
+        schedule=Schedule(
+            seed=0,
+            rounds=rounds,
+            clients=len(store),
+            clients_per_round=clients_per_round,
+            failure_rate=0.0,
+            evaluate_every=rounds,
+        ),
         federation=Federation(np.arange(len(store)), nobody),
         store=store,
         test_fraction=0.1,
         workers=workers,
         bundle=None,
         by_value=False,
+        memory=store.folder / "memory",
     )
 
 
 def run(job: Job, on_round: Callable[[Round], None]) -> Run:
     """Return a run of `job` from fresh weights."""
     weights = job.model.build(0).get_weights()
-    return Run(job, weights, {}, on_round, lambda done, cohort: None, print)
+    return Run(job, weights, job.strategy.init(weights), on_round, lambda done, cohort: None, print)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     The file is written aside, synced and renamed, so that it is whole whenever it is there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"round_{checkpoint.round:06d}.npz"
+    path = _path(folder, checkpoint.round)
     lists = {
         "weights": checkpoint.weights,
         **{f"state/{k}": v for k, v in checkpoint.state.items()},
@@ -57,11 +57,19 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    others = sorted(folder.glob("round_*.npz"), key=lambda other: int(other.stem[6:]))
-    others.remove(path)
+    others = [_path(folder, round) for round in rounds(folder) if round != checkpoint.round]
     for old in others[: -(KEPT - 1)]:
         old.unlink()
     return path
+
+
+def rounds(folder: Path) -> list[int]:
+    """Return the rounds that `folder` has checkpoints of, in order."""
+    return sorted(int(path.stem[6:]) for path in folder.glob("round_*.npz"))
+
+
+def _path(folder: Path, round: int) -> Path:
+    return folder / f"round_{round:06d}.npz"
 
 
 def load(path: Path) -> Checkpoint:

@@ -6,8 +6,9 @@ batches. What a client computes is a function of (global weights, writer, seed, 
 of nothing else, neither of the worker nor of who was trained before.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import keras
@@ -27,6 +28,7 @@ from femfed.strategies.base import Outcome, Strategy, Weights
 GRID = 1.5 * 2.0**22
 LARGEST_SUM = 2.0**21
 _CHUNK = 65_536  # elements folded at a time: the temporaries stay in the core's second-level cache
+_GRADIENT_BATCH = 128  # images; bounds the memory of a full gradient
 _EVALUATION_BATCH = 512  # images; bounds the memory of a writer with thousands of them
 
 FloatSum = NDArray[np.float64]
@@ -49,6 +51,21 @@ class Local:
     learning_rate: float
     momentum: float
     weight_decay: float
+
+    def steps(self, examples: int) -> float:
+        """Return a client's local steps, with momentum `||a||_1` of the FedNova paper.
+
+        ```
+        a = number of steps                                        without momentum
+        a = (steps - m (1 - m^steps) / (1 - m)) / (1 - m)          m = momentum
+        ```
+
+        Source: J. Wang, Q. Liu, H. Liang, G. Joshi, H. V. Poor, "Tackling the Objective
+        Inconsistency Problem in Heterogeneous Federated Optimization", NeurIPS 2020,
+        https://arxiv.org/abs/2007.07481
+        """
+        steps, m = float(self.epochs * -(-examples // self.batch_size)), self.momentum
+        return (steps - m * (1 - m**steps) / (1 - m)) / (1 - m) if m else steps
 
 
 class DivergedError(RunError):
@@ -91,6 +108,14 @@ class LocalTraining:
         self.shapes = [tuple(int(side) for side in w.shape) for w in self._weights]
         self.parameters = sum(int(np.prod(shape)) for shape in self.shapes)
         self._global_weights = [tf.Variable(w, trainable=False) for w in self._weights]
+        self._initial = [variable.numpy() for variable in self._weights]
+        self._state = {name: self._like_weights() for name in strategy.broadcasts}
+        self._extra = self._like_weights() if strategy.sends_extra else []
+        self._gradient = self._like_weights() if "gradient" in strategy.needs else []
+        self._memory = {
+            name: [tf.Variable(array, trainable=False) for array in arrays]
+            for name, arrays in strategy.new_memory(self._initial).items()
+        }
         self._velocity = [
             tf.Variable(tf.zeros_like(w), trainable=False) for w in self._weights if local.momentum
         ]
@@ -111,9 +136,13 @@ class LocalTraining:
             ],
             autograph=False,  # it reads source code, and fails where a warning is an error
         )
+        rows = tf.TensorSpec([None], tf.int32)
         self._evaluate = tf.function(
-            self._evaluate_rows,
-            input_signature=[images, labels, tf.TensorSpec([None], tf.int32)],
+            self._evaluate_global, input_signature=[images, labels, rows], autograph=False
+        )
+        self._evaluate_own = tf.function(
+            self._evaluate_personal,
+            input_signature=[images, labels, rows, tf.TensorSpec([None], tf.int32)],
             autograph=False,
         )
         self._term = np.empty(_CHUNK, np.float64)
@@ -125,27 +154,63 @@ class LocalTraining:
         return int(self._train.experimental_get_tracing_count())
 
     def load(self, vector: NDArray[np.float32]) -> None:
-        """Take `vector` as the global weights of the clients to come."""
-        layers = unflatten(vector, self.shapes)
-        for variable, layer in zip(self._global_weights, layers, strict=True):
-            variable.assign(layer)
+        """Take the global weights, and what the strategy broadcasts with them, from `vector`."""
+        shared = [self._global_weights, *self._state.values()]
+        for variables, part in zip(shared, np.split(vector, len(shared)), strict=True):
+            _assign(variables, unflatten(part, self.shapes))
 
+    @property
     def initial_weights(self) -> Weights:
-        """Return the weights the model was built with; call it before training."""
-        return [variable.numpy() for variable in self._weights]
+        """The weights the model was built with."""
+        return self._initial
 
-    def train(self, writer: Writer, round: int, client: int) -> Outcome:
+    def load_memory(self, vector: NDArray[np.float32] | None) -> None:
+        """Take `vector` as what the next client remembers, None for a client that is new."""
+        if vector is None:
+            fresh = self._strategy.new_memory(self._initial)
+            for name, variables in self._memory.items():
+                _assign(variables, fresh[name])
+            return
+        variables = [variable for each in self._memory.values() for variable in each]
+        _assign(variables, unflatten(vector, [tuple(v.shape) for v in variables]))
+
+    def memory(self) -> NDArray[np.float32]:
+        """Return what the client just trained remembers, as one vector."""
+        return np.concatenate([_view(v) for each in self._memory.values() for v in each])
+
+    def train(self, writer: Writer, round: int, client: int, epochs: int | None = None) -> Outcome:
         """Train from the global weights on one writer; the result stays here, to be folded.
+
+        What the client remembers is taken from `load_memory` and left for `memory`.
+
+        Args:
+            writer: whose images.
+            round: the round.
+            client: which client of the federation; batches and dropout are drawn by these two.
+            epochs: local epochs, other than those of all clients.
 
         Raises:
             DivergedError: the training loss is NaN or infinite.
         """
+        loss_before = 0.0
+        if "loss" in self._strategy.needs:
+            before, _ = self._evaluate(writer.images, writer.labels, writer.train)
+            loss_before = float(before) / len(writer.train)
         draw = generator(self._seed, "batches", round, client)
-        order = np.stack([draw.permutation(writer.train) for _ in range(self._local.epochs)])
+        local = replace(self._local, epochs=epochs or self._local.epochs)
+        order = np.stack([draw.permutation(writer.train) for _ in range(local.epochs)])
         dropout = generator(self._seed, "dropout", round, client)
         seeds = dropout.integers(2**31, size=len(self._dropout_states), dtype=np.int32)
         loss_sum, correct = self._train(writer.images, writer.labels, order, seeds)
-        outcome = Outcome(len(writer.train), float(loss_sum), int(correct))
+        outcome = Outcome(
+            examples=len(writer.train),
+            loss_sum=float(loss_sum),
+            correct=int(correct),
+            steps=local.steps(len(writer.train)),
+            loss_before=loss_before,
+        )
+        if "norm" in self._strategy.needs:
+            outcome = replace(outcome, squared_norm=self._squared_norm())
         if not np.isfinite(outcome.loss_sum):
             raise DivergedError(f"training loss is {outcome.loss_sum}")
         return outcome
@@ -157,15 +222,37 @@ class LocalTraining:
         loss_sum, correct = self._evaluate(writer.images, writer.labels, rows)
         return Outcome(len(rows), float(loss_sum), int(correct))
 
-    def fold(self, examples: int, total: FloatSum, *, first: bool) -> float:
-        """Add `examples * (w - w_global)` of the client just trained to `total`.
+    def evaluate_personal(self, writer: Writer, index: int) -> Outcome:
+        """Evaluate the writer's own weights on its held-out images.
+
+        These come from what it remembers (`load_memory`) and from `tuning_steps` on its training
+        images.
+
+        Args:
+            writer: whose.
+            index: the writer's place in the store, which its batches are drawn by.
+        """
+        if not len(writer.test):
+            return Outcome(0, 0.0, 0)
+        size = self._strategy.tuning_steps * self._local.batch_size if len(writer.train) else 0
+        draw = generator(self._seed, "tuning", client=index)
+        passes = -(-size // max(1, len(writer.train)))
+        tuning = [writer.train[:0], *(draw.permutation(writer.train) for _ in range(passes))]
+        order = np.concatenate(tuning)[:size]
+        loss_sum, correct = self._evaluate_own(writer.images, writer.labels, writer.test, order)
+        return Outcome(len(writer.test), float(loss_sum), int(correct))
+
+    def fold(self, weight: float, total: FloatSum, *, first: bool) -> float:
+        """Add `weight * (w - w_global)` of the client just trained to `total`.
+
+        What the client sends besides (`Strategy.sends_extra`) follows, of the same weight.
 
         Every term is rounded to a multiple of 2**-30, so that the sum over a cohort is exact and
         does not depend on the order, nor on which worker added what.
 
         Args:
-            examples: the client's weight.
-            total: `[parameters]`, changed in place.
+            weight: of the client in the mean.
+            total: `[parameters]`, or twice as many with an extra vector; changed in place.
             first: overwrite `total` instead of adding to it.
 
         Returns:
@@ -175,12 +262,12 @@ class LocalTraining:
         Raises:
             DivergedError: the update holds NaN, infinity or numbers beyond LARGEST_SUM.
         """
-        weight, start, largest = np.float64(examples), 0, 0.0
-        for delta in self._delta_chunks():
+        start, largest = 0, 0.0
+        for delta in chain(self._delta_chunks(), self._extra_chunks()):
             magnitude = float(weight * max(delta.max(), -delta.min()))  # NaN if one element is
             if not magnitude < LARGEST_SUM:
                 raise DivergedError(
-                    f"the update times its {examples} examples reaches {magnitude:.3g}; "
+                    f"the update times its weight of {weight:g} reaches {magnitude:.3g}; "
                     f"expected less than {LARGEST_SUM:.0f}"
                 )
             largest = max(largest, magnitude)
@@ -220,39 +307,95 @@ class LocalTraining:
                 np.subtract(w[start:stop], w_global[start:stop], out=delta)
                 yield delta
 
+    def _extra_chunks(self) -> Iterator[NDArray[np.float32]]:
+        """Yield what is sent besides the delta in order, at most `_CHUNK` at a time."""
+        for variable in self._extra:
+            vector = _view(variable)
+            for start in range(0, vector.size, _CHUNK):
+                yield vector[start : start + _CHUNK]
+
+    def _squared_norm(self) -> float:
+        """Return `||w - w_global||^2`, summed in float64."""
+        squared = 0.0
+        for delta in self._delta_chunks():
+            term = self._term[: delta.size]
+            term[:] = delta
+            squared += float(term @ term)
+        return squared
+
+    def _like_weights(self) -> list[tf.Variable]:
+        return [tf.Variable(tf.zeros_like(w), trainable=False) for w in self._weights]
+
     def _local_epochs(
         self, images: tf.Tensor, labels: tf.Tensor, order: tf.Tensor, dropout_seeds: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Train on the rows `order` (`[epochs, n]`) from the global weights; traced once."""
+        strategy, origin, memory = self._strategy, self._global_weights, self._memory
+        if type(strategy).correct_personal_gradients is not Strategy.correct_personal_gradients:
+            _assign(self._weights, memory["personal"])
+            self._epochs(
+                images,
+                labels,
+                order,
+                dropout_seeds,
+                lambda g: strategy.correct_personal_gradients(g, self._weights, origin),
+            )
+            _assign(memory["personal"], self._weights)
+        if self._gradient:
+            _assign(self._weights, origin)
+            self._full_gradient(images, labels, order[0])
+        _assign(self._weights, strategy.begin(origin, memory))
+        loss_sum, correct = self._epochs(
+            images,
+            labels,
+            order,
+            dropout_seeds,
+            lambda g: strategy.correct_gradients(g, self._weights, origin, memory, self._state),
+        )
+        steps = self._traced_steps(tf.shape(order))
+        path = steps * self._local.learning_rate
+        kept, extra = strategy.finish(
+            self._weights, origin, memory, self._state, path, self._gradient
+        )
+        _assign(self._extra, extra)
+        for name, variables in memory.items():
+            if kept[name] is not variables:
+                _assign(variables, kept[name])
+        return loss_sum, correct
+
+    def _epochs(
+        self,
+        images: tf.Tensor,
+        labels: tf.Tensor,
+        order: tf.Tensor,
+        dropout_seeds: tf.Tensor,
+        correct_gradients: Callable[[Sequence[tf.Tensor]], Sequence[tf.Tensor]],
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Train the model's weights, as they are, on the rows `order` (`[epochs, n]`)."""
         local = self._local
-        for weight, origin in zip(self._weights, self._global_weights, strict=True):
-            weight.assign(origin)
         for velocity in self._velocity:
             velocity.assign(tf.zeros_like(velocity))
         for place, state in enumerate(self._dropout_states):
             state.assign(tf.cast(tf.stack([dropout_seeds[place], 0]), state.dtype))
         epochs, n = tf.shape(order)[0], tf.shape(order)[1]
         steps = (n + local.batch_size - 1) // local.batch_size
+        move = self._moves(epochs * steps)
 
         def step_once(step: tf.Tensor, loss_sum: tf.Tensor, correct: tf.Tensor) -> Any:
             epoch, start = step // steps, step % steps * local.batch_size
             rows = order[epoch, start : start + local.batch_size]
             targets = tf.cast(tf.gather(labels, rows), tf.int32)
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(self._weights)
-                logits = self.model(_pixels(images, rows), training=True)
-                losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
-                loss = tf.reduce_mean(losses)
-            gradients = tape.gradient(loss, self._weights)
+            losses, logits, gradients = self._gradients(_pixels(images, rows), targets, True)
             if local.weight_decay:
                 gradients = [
                     g + local.weight_decay * w
                     for g, w in zip(gradients, self._weights, strict=True)
                 ]
-            gradients = self._strategy.correct_gradients(
-                gradients, self._weights, self._global_weights
-            )
-            self._step(gradients)
+            steps_along = correct_gradients(gradients)
+            if move is not None:
+                moved = move(step)
+                steps_along = [g * moved[place] for place, g in enumerate(steps_along)]
+            self._step(steps_along)
             in_last_epoch = epoch == epochs - 1
             loss_sum += tf.where(in_last_epoch, tf.reduce_sum(losses), 0.0)
             correct += tf.where(in_last_epoch, _hits(logits, targets), 0)
@@ -265,6 +408,58 @@ class LocalTraining:
             parallel_iterations=1,
         )
         return loss_sum, correct
+
+    def _gradients(
+        self, pixels: tf.Tensor, targets: tf.Tensor, training: bool
+    ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+        """Return losses, logits and the gradients of the mean loss of a batch."""
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(self._weights)
+            logits = self.model(pixels, training=training)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
+            loss = tf.reduce_mean(losses)
+        return losses, logits, tape.gradient(loss, self._weights)
+
+    def _full_gradient(self, images: tf.Tensor, labels: tf.Tensor, rows: tf.Tensor) -> None:
+        """Leave the gradient of the mean loss over `rows` (`[n]`), without dropout."""
+        n = tf.shape(rows)[0]
+        for total in self._gradient:
+            total.assign(tf.zeros_like(total))
+
+        def batch_once(start: tf.Tensor) -> Any:
+            batch = rows[start : start + _GRADIENT_BATCH]
+            targets = tf.cast(tf.gather(labels, batch), tf.int32)
+            _, _, gradients = self._gradients(_pixels(images, batch), targets, False)
+            share = tf.cast(tf.shape(batch)[0], tf.float32) / tf.cast(n, tf.float32)
+            for total, gradient in zip(self._gradient, gradients, strict=True):
+                total.assign_add(share * gradient)
+            return (start + _GRADIENT_BATCH,)
+
+        tf.while_loop(lambda start: start < n, batch_once, [tf.constant(0)], parallel_iterations=1)
+
+    def _moves(self, steps: tf.Tensor) -> Callable[[tf.Tensor], tf.Tensor] | None:
+        """Return what a step's gradients are multiplied by, `[weights]` of 0 and 1, if by any."""
+        count = len(self._weights)
+        phases = self._strategy.phases(count)
+        if not phases:
+            return None
+        moves = np.ones((len(phases), count), np.float32)
+        for place, (_, still) in enumerate(phases):
+            moves[place, list(still)] = 0.0
+        ends = [tf.cast(tf.round(end * tf.cast(steps, tf.float32)), tf.int32) for end, _ in phases]
+
+        def move(step: tf.Tensor) -> tf.Tensor:
+            past = tf.cast(step >= tf.stack(ends[:-1]), tf.int32)
+            return tf.gather(tf.constant(moves), tf.reduce_sum(past))
+
+        return move
+
+    def _traced_steps(self, order: tf.Tensor) -> tf.Tensor:
+        """Return `Local.steps` of epochs and examples that are known only when it runs."""
+        epochs, examples = order[0], order[1]
+        batches = (examples + self._local.batch_size - 1) // self._local.batch_size
+        steps, m = tf.cast(epochs * batches, tf.float32), self._local.momentum
+        return (steps - m * (1 - m**steps) / (1 - m)) / (1 - m) if m else steps
 
     def _step(self, gradients: Sequence[tf.Tensor]) -> None:
         """Take one step of SGD with the fused kernels, which are faster than `assign_sub`."""
@@ -285,12 +480,40 @@ class LocalTraining:
         for weight, gradient in zip(self._weights, gradients, strict=True):
             tf.raw_ops.ResourceApplyGradientDescent(var=weight.handle, alpha=rate, delta=gradient)
 
-    def _evaluate_rows(
+    def _evaluate_global(
         self, images: tf.Tensor, labels: tf.Tensor, rows: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Evaluate the global weights on `rows` (`[n]`); traced once."""
-        for weight, origin in zip(self._weights, self._global_weights, strict=True):
-            weight.assign(origin)
+        _assign(self._weights, self._global_weights)
+        return self._evaluate_rows(images, labels, rows)
+
+    def _evaluate_personal(
+        self, images: tf.Tensor, labels: tf.Tensor, rows: tf.Tensor, order: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Evaluate the writer's own weights on `rows` after training on `order`; traced once."""
+        _assign(self._weights, self._strategy.personal_weights(self._global_weights, self._memory))
+        for velocity in self._velocity:
+            velocity.assign(tf.zeros_like(velocity))
+
+        def step_once(start: tf.Tensor) -> Any:
+            batch = order[start : start + self._local.batch_size]
+            targets = tf.cast(tf.gather(labels, batch), tf.int32)
+            _, _, gradients = self._gradients(_pixels(images, batch), targets, False)
+            self._step(gradients)
+            return (start + self._local.batch_size,)
+
+        tf.while_loop(
+            lambda start: start < tf.shape(order)[0],
+            step_once,
+            [tf.constant(0)],
+            parallel_iterations=1,
+        )
+        return self._evaluate_rows(images, labels, rows)
+
+    def _evaluate_rows(
+        self, images: tf.Tensor, labels: tf.Tensor, rows: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Evaluate the model's weights, as they are, on `rows` (`[n]`)."""
 
         def batch_once(start: tf.Tensor, loss_sum: tf.Tensor, correct: tf.Tensor) -> Any:
             batch = rows[start : start + _EVALUATION_BATCH]
@@ -308,6 +531,11 @@ class LocalTraining:
             parallel_iterations=1,
         )
         return loss_sum, correct
+
+
+def _assign(variables: Sequence[tf.Variable], values: Sequence[Any]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
 
 
 def _pixels(images: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:

@@ -87,6 +87,9 @@ class Config:
     clients: int = _key("writers in the federation", 1)
     clients_per_round: int = _key("writers in a cohort", 1)
     rounds: int = _key("rounds to run", 1)
+    failure_rate: float = _key(
+        "probability that a drawn client does not complete a round", 0, 1, below=True
+    )
     seed: int = _key("seed of everything random", 0)
     local: LocalConfig = field(default_factory=LocalConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

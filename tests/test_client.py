@@ -219,7 +219,7 @@ def test_dropout_is_drawn_anew_for_every_client(dropping: LocalTraining) -> None
 
 def test_loaded_weights_are_where_training_begins() -> None:
     training, writer = make(), a_writer(21)
-    initial = flatten(training.initial_weights())
+    initial = flatten(training.initial_weights)
     first = delta_after(training, writer, 1, 0)
 
     training.load(initial + first)

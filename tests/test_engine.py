@@ -32,18 +32,24 @@ def store(tmp_path_factory) -> WriterStore:
     return stored(tmp_path_factory.mktemp("cache"), {"dataset": "noise"}, writers)
 
 
-def a_job(store: WriterStore, **changes) -> Job:
+SCHEDULE = Schedule(
+    seed=1, rounds=3, clients=7, clients_per_round=5, failure_rate=0.0, evaluate_every=2
+)
+
+
+def a_job(store: WriterStore, folder: Path, **changes) -> Job:
     job = Job(
         model=Dense(invert=True, units=(8,)),
         strategy=FedAvg(),
         local=Local(epochs=1, batch_size=4, learning_rate=0.05, momentum=0.0, weight_decay=0.0),
-        schedule=Schedule(seed=1, rounds=3, clients=7, clients_per_round=5, evaluate_every=2),
+        schedule=SCHEDULE,
         federation=Federation(np.arange(7), np.array([7, 8])),
         store=store,
         test_fraction=0.2,
         workers=2,
         bundle=None,
         by_value=False,
+        memory=folder / "memory",
     )
     return replace(job, **changes)
 
@@ -52,7 +58,9 @@ def finish(job: Job, folder: Path) -> tuple[Weights, list[Round]]:
     """Run a job to its end; return the weights and its rounds."""
     rounds: list[Round] = []
     weights = job.model.build(job.schedule.seed).get_weights()
-    run = Run(job, weights, {}, rounds.append, lambda done, cohort: None, print)
+    run = Run(
+        job, weights, job.strategy.init(weights), rounds.append, lambda done, cohort: None, print
+    )
     with InlineEngine() as engine:
         engine.run(run, folder)
     return run.weights, rounds
@@ -77,19 +85,19 @@ def same(ours: Weights, theirs: Weights) -> bool:
     ids=str,
 )
 def test_how_a_cohort_travels_changes_no_bit(store, tmp_path, changes) -> None:
-    expected, _ = finish(a_job(store), tmp_path)
+    expected, _ = finish(a_job(store, tmp_path), tmp_path)
 
-    found, _ = finish(a_job(store, **changes), tmp_path)
+    found, _ = finish(a_job(store, tmp_path, **changes), tmp_path)
 
     assert same(found, expected)
 
 
 @pytest.mark.parametrize("by_value", [False, True])
 def test_single_updates_give_the_same_mean(store, tmp_path, monkeypatch, by_value) -> None:
-    expected, _ = finish(a_job(store), tmp_path)
+    expected, _ = finish(a_job(store, tmp_path), tmp_path)
     monkeypatch.setattr(Strategy, "averages", False)
 
-    found, _ = finish(a_job(store, by_value=by_value, bundle=2), tmp_path)
+    found, _ = finish(a_job(store, tmp_path, by_value=by_value, bundle=2), tmp_path)
 
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -97,7 +105,7 @@ def test_single_updates_give_the_same_mean(store, tmp_path, monkeypatch, by_valu
 
 def test_a_round_is_what_its_clients_trained(store, tmp_path) -> None:
     """One round by hand: w + sum_i n_i (w_i - w) / sum_i n_i."""
-    job = a_job(store, schedule=Schedule(1, 1, 7, 3, 1))
+    job = a_job(store, tmp_path, schedule=replace(SCHEDULE, rounds=1, clients_per_round=3))
     start = job.model.build(1).get_weights()
     _, (first,) = finish(job, tmp_path)
     training = LocalTraining(job.model, job.strategy, job.local, 1)
@@ -117,7 +125,7 @@ def test_a_round_is_what_its_clients_trained(store, tmp_path) -> None:
 
 
 def test_seen_writers_are_held_to_their_test_images_and_unseen_ones_to_all(store, tmp_path) -> None:
-    _, rounds = finish(a_job(store), tmp_path)
+    _, rounds = finish(a_job(store, tmp_path), tmp_path)
 
     assert [finished.seen is None for finished in rounds] == [True, False, False]
     assert [o.examples for o in rounds[-1].seen] == [1, 2, 3, 4, 5, 6, 7]
@@ -129,7 +137,7 @@ def test_a_client_that_diverges_ends_the_run_by_name(store, tmp_path) -> None:
     local = Local(epochs=1, batch_size=4, learning_rate=1e30, momentum=0.0, weight_decay=0.0)
 
     with pytest.raises(ClientError, match=r"client \d \(writer w\d, number 3, subject number \d\)"):
-        finish(a_job(store, local=local), tmp_path)
+        finish(a_job(store, tmp_path, local=local), tmp_path)
 
 
 def test_any_other_failure_of_a_client_shows_its_traceback(store, tmp_path, monkeypatch) -> None:
@@ -139,7 +147,7 @@ def test_any_other_failure_of_a_client_shows_its_traceback(store, tmp_path, monk
     monkeypatch.setattr(LocalTraining, "train", broken)
 
     with pytest.raises(ClientError, match=r"(?s)writer w\d.*a defect.*Traceback.*KeyError"):
-        finish(a_job(store), tmp_path)
+        finish(a_job(store, tmp_path), tmp_path)
 
 
 def test_nothing_shared_is_left(store, tmp_path, monkeypatch) -> None:
@@ -148,6 +156,6 @@ def test_nothing_shared_is_left(store, tmp_path, monkeypatch) -> None:
     folder.mkdir()
     monkeypatch.setattr("femfed.engine.wire.SHARED_MEMORY", memory)
 
-    finish(a_job(store), folder)
+    finish(a_job(store, tmp_path), folder)
 
     assert list(memory.iterdir()) == list(folder.iterdir()) == []

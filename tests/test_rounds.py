@@ -25,9 +25,11 @@ from femfed.engine.rounds import (
 )
 from femfed.report.files import CLIENT_COLUMNS, ROUND_COLUMNS, WRITER_COLUMNS
 from femfed.seeds import generator
-from femfed.strategies.base import Outcome, State, Strategy, Weights
+from femfed.strategies.base import Cohort, Outcome, State, Strategy, Update, Weights
 
-SCHEDULE = Schedule(seed=3, rounds=7, clients=20, clients_per_round=4, evaluate_every=3)
+SCHEDULE = Schedule(
+    seed=3, rounds=7, clients=20, clients_per_round=4, failure_rate=0.0, evaluate_every=3
+)
 NOBODY = np.empty(0, np.int64)
 TRAINABLE = np.arange(50) * 2  # every second writer has images to train on
 
@@ -165,13 +167,20 @@ class FakeWorkers:
 
     asked: list[tuple[object, ...]] = field(default_factory=list)
 
-    def train(self, weights: Weights, cohort: Writers, round: int) -> Trained:
+    def train(self, weights: Weights, state: State, cohort: Writers, round: int) -> Trained:
         self.asked.append(("train", round, float(weights[0][0]), cohort.tolist()))
         outcomes = [Outcome(int(client) + 1, 2.0, 1) for client in cohort]
-        return Trained([np.float32([round])], outcomes, [0.25] * len(cohort))
+        updates = [
+            Update(**vars(outcome), client=client, delta=[np.float32([client])])
+            for client, outcome in zip(cohort.tolist(), outcomes, strict=True)
+        ]
+        seconds = [0.25] * len(cohort)
+        return Trained([np.float32([round])], updates, [], 1.0, outcomes, seconds)
 
-    def evaluate(self, weights: Weights, round: int) -> tuple[Sequence[Outcome], Sequence[Outcome]]:
-        self.asked.append(("evaluate", round, float(weights[0][0])))
+    def evaluate(
+        self, weights: Weights, state: State
+    ) -> tuple[Sequence[Outcome], Sequence[Outcome]]:
+        self.asked.append(("evaluate", self.asked[-1][1], float(weights[0][0])))
         return [Outcome(2, 1.0, 1)] * SCHEDULE.clients, [Outcome(4, 1.0, 4)] * 3
 
 
@@ -182,7 +191,9 @@ class Counting(Strategy):
     def init(self, weights: Weights) -> State:
         return {"rounds": [np.float32([0])]}
 
-    def apply(self, weights: Weights, delta: Weights, state: State) -> tuple[Weights, State]:
+    def apply(
+        self, weights: Weights, delta: Weights, state: State, cohort: Cohort
+    ) -> tuple[Weights, State]:
         (count,) = state["rounds"]
         return [w + d for w, d in zip(weights, delta, strict=True)], {"rounds": [count + 1]}
 
@@ -245,6 +256,65 @@ def test_a_round_is_run_when_it_is_asked_for() -> None:
 
     assert [asked[:2] for asked in workers.asked] == [("train", 1)]
     assert weights[0].tolist() == [0]
+
+
+def test_a_failing_client_is_counted_and_not_asked() -> None:
+    workers, whole = FakeWorkers(), FakeWorkers()
+
+    rounds = run(workers, failure_rate=0.4, rounds=30)
+    run(whole, rounds=30)
+
+    asked, drawn = ([a for a in w.asked if a[0] == "train"] for w in (workers, whole))
+    for finished in rounds:
+        assert len(finished.cohort) + finished.failed == 4
+        assert row(finished)["failed"] == finished.failed
+    trained = {number: cohort for _, number, _, cohort in asked}
+    for _, number, _, cohort in drawn:
+        assert set(trained.get(number, [])) <= set(cohort)
+    failed = sum(finished.failed for finished in rounds)
+    assert 120 * 0.4 - 16 < failed < 120 * 0.4 + 16  # three standard deviations
+
+
+def test_a_round_that_nobody_completes_changes_nothing() -> None:
+    rounds = run(FakeWorkers(), failure_rate=0.9, rounds=30)
+
+    empty = [finished for finished in rounds if not len(finished.cohort)]
+    assert empty  # 0.9^4 of 30
+    for finished in empty:
+        before = rounds[finished.number - 2] if finished.number > 1 else None
+        assert finished.weights == (before.weights if before else [np.float32([0])])
+        assert row(finished)["clients"] == row(finished)["bytes_up"] == 0
+        assert row(finished)["train_loss"] is None
+
+
+def test_whoever_does_not_average_is_given_every_update() -> None:
+    class Largest(Counting):
+        def aggregate(self, updates: Sequence[Update]) -> Weights:
+            return max(updates, key=lambda update: update.client).delta
+
+    weights = [np.float32([0])]
+    schedule = replace(SCHEDULE, rounds=2)
+    first, second = run_rounds(schedule, Largest(), FakeWorkers(), weights, Counting().init([]))
+
+    assert float(first.weights[0][0]) == max(first.cohort)
+    assert float(second.weights[0][0]) == max(first.cohort) + max(second.cohort)
+
+
+def test_what_is_sent_besides_counts_as_bytes() -> None:
+    class Twice(Counting):
+        broadcasts = ("control",)
+        sends_extra = True
+
+    class Never(Counting):
+        exchanges = False
+
+    def first(strategy: Strategy) -> Round:
+        weights = [np.zeros(3, np.float32)]
+        return next(iter(run_rounds(SCHEDULE, strategy, FakeWorkers(), weights, {"rounds": [0]})))
+
+    assert (row(first(Counting()))["bytes_up"], row(first(Counting()))["bytes_down"]) == (48, 48)
+    assert (row(first(Twice()))["bytes_up"], row(first(Twice()))["bytes_down"]) == (96, 96)
+    assert row(first(Never()))["bytes_up"] == 0
 
 
 def test_seconds_are_told_apart() -> None:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from femfed import UserError, config
 from femfed.engine.wire import construct, describe
-from femfed.strategies.base import State, Strategy, Update, Weights
+from femfed.strategies.base import Cohort, Outcome, State, Strategy, Update, Weights
 from femfed.strategies.fedavg import FedAvg
 from femfed.strategies.fedprox import FedProx
 
@@ -43,7 +43,31 @@ def some_weights(seed: int) -> Weights:
 
 def some_updates(n: int = 10) -> list[Update]:
     """Updates of n clients with 20, 21, ... examples."""
-    return [Update(20 + i, 30.0 + i, 10 + i, i, some_weights(i)) for i in range(n)]
+    updates = []
+    for client in range(n):
+        delta = some_weights(client)
+        outcome = Outcome(
+            examples=20 + client,
+            loss_sum=30.0 + client,
+            correct=10 + client,
+            steps=float(1 + client % 3),
+            loss_before=2.0 + client / 10,
+            squared_norm=float(sum((layer.astype(np.float64) ** 2).sum() for layer in delta)),
+        )
+        updates.append(Update(**vars(outcome), client=client, delta=delta))
+    return updates
+
+
+def cohort_of(strategy: Strategy, updates: Sequence[Update], extra: Weights) -> Cohort:
+    """Return what the engine tells the server beside the mean of `updates`."""
+    most_steps = max(update.steps for update in updates)
+    return Cohort(
+        outcomes=updates,
+        drawn=len(updates),
+        clients=40,
+        weight_sum=sum(strategy.weight(update, most_steps) for update in updates),
+        extra=extra if strategy.sends_extra else [],
+    )
 
 
 def forms(weights: Weights) -> list[tuple[Any, ...]]:
@@ -55,6 +79,15 @@ FORMS = [(np.ndarray, shape, np.dtype(np.float32)) for shape in SHAPES]
 
 def same(ours: Weights, theirs: Weights) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def unchanged(now: Any, before: Any) -> bool:
+    """Whether nested lists and dictionaries hold the same arrays."""
+    if isinstance(now, dict):
+        return set(now) == set(before) and all(unchanged(now[k], before[k]) for k in now)
+    if isinstance(now, list | tuple):
+        return all(unchanged(a, b) for a, b in zip(now, before, strict=True))
+    return bool(np.array_equal(now, before))
 
 
 def assert_close(ours: Weights, theirs: Weights) -> None:
@@ -138,13 +171,50 @@ def test_the_tables_name_what_is_there() -> None:
 
 @every_file
 def test_gradients_keep_their_form(path: Path) -> None:
+    strategy = from_file(path)
     gradients, weights, origin = some_weights(0), some_weights(1), some_weights(2)
-    before = deepcopy((gradients, weights, origin))
+    memory, state = strategy.new_memory(some_weights(3)), strategy.init(some_weights(3))
+    before = deepcopy((gradients, weights, origin, memory, state))
 
-    corrected = from_file(path).correct_gradients(gradients, weights, origin)
+    corrected = strategy.correct_gradients(gradients, weights, origin, memory, state)
+    personal = strategy.correct_personal_gradients(gradients, weights, origin)
 
-    assert forms(list(corrected)) == FORMS
-    assert all(same(a, b) for a, b in zip((gradients, weights, origin), before, strict=True))
+    assert forms(list(corrected)) == forms(list(personal)) == FORMS
+    assert unchanged((gradients, weights, origin, memory, state), before)
+
+
+@every_file
+def test_a_client_keeps_the_form_of_what_it_remembers_and_sends(path: Path) -> None:
+    strategy, initial = from_file(path), some_weights(3)
+    weights, origin, gradient = some_weights(0), some_weights(1), some_weights(2)
+    memory, state = strategy.new_memory(initial), strategy.init(initial)
+    before = deepcopy((weights, origin, gradient, memory, state, initial))
+    full = gradient if "gradient" in strategy.needs else []
+
+    start = strategy.begin(origin, memory)
+    kept, extra = strategy.finish(weights, origin, memory, state, 0.5, full)
+    own = strategy.personal_weights(origin, kept)
+
+    assert forms(list(start)) == forms(list(own)) == FORMS
+    assert forms(list(extra)) == (FORMS if strategy.sends_extra else [])
+    assert {name: forms(list(each)) for name, each in kept.items()} == {
+        name: forms(each) for name, each in memory.items()
+    }
+    assert strategy.remembers == bool(memory)
+    assert set(strategy.broadcasts) <= set(state)
+    assert all(forms(state[name]) == FORMS for name in strategy.broadcasts)
+    assert strategy.needs <= {"loss", "gradient", "norm"}
+    assert unchanged((weights, origin, gradient, memory, state, initial), before)
+
+
+@every_file
+def test_what_keeps_still_is_named_by_position(path: Path) -> None:
+    phases = from_file(path).phases(8)
+
+    assert all(set(still) < set(range(8)) for _, still in phases)
+    ends = [end for end, _ in phases]
+    assert ends == sorted(ends)
+    assert not ends or ends[-1] == 1.0
 
 
 # the server's half
@@ -209,9 +279,10 @@ def test_applying_keeps_the_form_and_its_inputs(path: Path) -> None:
     names = list(state)
 
     for number in range(1, 4):
-        delta = some_weights(number)
+        delta, updates = some_weights(number), some_updates(number)
+        cohort = cohort_of(strategy, updates, some_weights(9))
         before = deepcopy((weights, delta, state))
-        new_weights, new_state = strategy.apply(weights, delta, state)
+        new_weights, new_state = strategy.apply(weights, delta, state, cohort)
 
         assert forms(new_weights) == FORMS
         assert_state(new_state)
@@ -229,7 +300,8 @@ def test_applying_is_a_function(path: Path) -> None:
         strategy, weights = from_file(path), some_weights(0)
         state = strategy.init(weights)
         for number in (1, 2):
-            weights, state = strategy.apply(weights, some_weights(number), state)
+            cohort = cohort_of(strategy, some_updates(), some_weights(9))
+            weights, state = strategy.apply(weights, some_weights(number), state, cohort)
         return weights, state
 
     (ours, our_state), (theirs, their_state) = two_rounds(), two_rounds()
@@ -242,7 +314,10 @@ def test_applying_is_a_function(path: Path) -> None:
 def test_a_round_without_news_keeps_the_weights_from_the_start(path: Path) -> None:
     strategy, weights = from_file(path), some_weights(0)
 
-    still, _ = strategy.apply(weights, [0 * w for w in weights], strategy.init(weights))
+    nothing = [0 * w for w in weights]
+    idle = [dataclasses.replace(update, squared_norm=0.0) for update in some_updates()]
+    cohort = cohort_of(strategy, idle, nothing)
+    still, _ = strategy.apply(weights, nothing, strategy.init(weights), cohort)
 
     assert same(still, weights)
 
@@ -251,7 +326,7 @@ def test_a_round_without_news_keeps_the_weights_from_the_start(path: Path) -> No
 
 
 def a_number(examples: int, value: float) -> Update:
-    return Update(examples, 0.0, 0, 0, [np.float32([value])])
+    return Update(examples, 0.0, 0, delta=[np.float32([value])])
 
 
 def one(weights: Sequence[Any]) -> float:
@@ -264,7 +339,8 @@ def test_fedavg_weighs_by_examples() -> None:
     updates = [a_number(1, 4.0), a_number(2, 1.0), a_number(1, -2.0)]
 
     delta = FedAvg().aggregate(updates)
-    weights, state = FedAvg().apply([np.float32([0.5])], delta, {})
+    cohort = cohort_of(FedAvg(), updates, [])
+    weights, state = FedAvg().apply([np.float32([0.5])], delta, {}, cohort)
 
     assert one(delta) == 1.0
     assert (one(weights), state) == (1.5, {})
@@ -284,12 +360,12 @@ def test_fedprox_pulls_back() -> None:
     # 1 + 0.5 * (3 - 7) = -1
     gradients, weights, origin = [np.float32([1.0])], [np.float32([3.0])], [np.float32([7.0])]
 
-    assert one(FedProx(0.5).correct_gradients(gradients, weights, origin)) == -1.0
+    assert one(FedProx(0.5).correct_gradients(gradients, weights, origin, {}, {})) == -1.0
 
 
 def test_fedprox_without_pull_is_fedavg() -> None:
     gradients = some_weights(0)
-    arguments = (gradients, some_weights(1), some_weights(2))
+    arguments = (gradients, some_weights(1), some_weights(2), {}, {})
 
     assert same(list(FedProx(0.0).correct_gradients(*arguments)), gradients)
     assert same(FedProx(0.0).aggregate(some_updates()), FedAvg().aggregate(some_updates()))

@@ -212,7 +212,11 @@ def test_single_updates_arrive_in_their_rows(folder: Path | None, weights: np.nd
     replies = []
     for places in slots:
         content, reply = outbox.publish(weights), RecordDict()
-        Inbox(PARAMETERS).put_updates(content, reply, rows[places], places)
+        inbox = Inbox(PARAMETERS)
+        updates = inbox.updates(content, places)
+        for update, row in zip(updates, rows[places], strict=True):
+            update[:] = row
+        inbox.put_updates(content, reply, updates)
         replies.append(reply)
 
     updates = outbox.updates(replies, slots)

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,13 +28,17 @@ from femfed import RunError
 from femfed.client import LARGEST_SUM, DivergedError, Local, LocalTraining, flatten, unflatten
 from femfed.data.store import Writer, WriterStore
 from femfed.engine.federation import Federation, Writers
+from femfed.engine.memory import Memories
 from femfed.engine.rounds import Round, Schedule, Trained, run_rounds
 from femfed.engine.wire import Inbox, Outbox, SharedFolder, construct, describe, to_json
 from femfed.models import Model
+from femfed.seeds import generator
 from femfed.strategies.base import Outcome, State, Strategy, Update, Weights
 
 POLL = 0.001  # seconds between two looks for a reply that is on its way
 PATIENCE = 0.02  # seconds until the next look for replies that nobody has announced
+
+COLUMNS = tuple(field.name for field in fields(Outcome))
 
 T = TypeVar("T")
 
@@ -69,12 +73,26 @@ class Worker:
         self.training = LocalTraining(
             construct(parts["model"]), self.strategy, construct(parts["local"]), self._seed
         )
-        self.inbox = Inbox(self.training.parameters)
+        sends, receives = 1 + self.strategy.sends_extra, 1 + len(self.strategy.broadcasts)
+        self.inbox = Inbox(self.training.parameters, sends, receives)
+        self.memories = Memories(Path(parts["memory"]))
         self._loaded = self._folded = ""
 
     def writer(self, index: int) -> Writer:
         """Return writer `index` of the store, split as the run splits it."""
         return self.store.writer(index, self._test_fraction, self._seed)
+
+    def pool(self, indices: Sequence[int], examples: int, round: int) -> Writer:
+        """Return `examples` training images of all these writers together, drawn for a round."""
+        rows = np.concatenate(
+            [self.store.rows_of(index)[self.writer(index).train] for index in indices]
+        )
+        draw = generator(self._seed, "pool", round)
+        passes = -(-examples // len(rows))
+        drawn = np.concatenate([draw.permutation(rows) for _ in range(passes)])[:examples]
+        every = np.arange(examples, dtype=np.int32)
+        images, labels = self.store.images[drawn], self.store.labels[drawn]
+        return Writer("all writers", -1, -1, images, labels, train=every, test=every[:0])
 
     def load(self, content: RecordDict, version: str) -> None:
         """Load the global weights of a message unless they are loaded already."""
@@ -115,26 +133,35 @@ def train(message: Message, context: Context) -> Message:
     outcomes: list[Outcome] = []
     seconds: list[float] = []
     largest = 0.0
-    bundle = task["clients"]
-    updates = np.empty((0 if worker.strategy.averages else len(bundle), training.parameters), "f4")
-    for place, (client, index) in enumerate(zip(bundle, task["writers"], strict=True)):
+    bundle, strategy = task["clients"], worker.strategy
+    updates = [] if strategy.averages else worker.inbox.updates(message.content, task["slots"])
+    for place, (client, version) in enumerate(zip(bundle, task["versions"], strict=True)):
         start = time.perf_counter()
-        writer = worker.writer(index)
+        if strategy.pools:
+            writer = worker.pool(task["writers"], task["examples"], task["round"])
+        else:
+            writer = worker.writer(task["writers"][place])
         try:
-            outcome = training.train(writer, task["round"], client)
-            if worker.strategy.averages:
-                largest += training.fold(outcome.examples, total, first=fresh and not outcomes)
+            if strategy.remembers:
+                training.load_memory(worker.memories.recall(client, version))
+            epochs = 1 if strategy.pools else None
+            outcome = training.train(writer, task["round"], client, epochs)
+            if strategy.averages:
+                weight = strategy.weight(outcome, task["most_steps"])
+                largest += training.fold(weight, total, first=fresh and not outcomes)
             else:
                 training.delta(updates[place])
+            if strategy.remembers:
+                worker.memories.keep(client, task["round"], training.memory())
         except Exception as error:
             return _failed(message, writer, client, error)
         outcomes.append(outcome)
         seconds.append(time.perf_counter() - start)
     reply = _reply(message, context, {**_columns(outcomes), "seconds": seconds, "largest": largest})
-    if worker.strategy.averages:
+    if strategy.averages:
         worker.inbox.put_sum(reply.content, total, lives_on=lives_on)
     else:
-        worker.inbox.put_updates(message.content, reply.content, updates, task["slots"])
+        worker.inbox.put_updates(message.content, reply.content, updates)
     worker.inbox.ring(message.content)
     return reply
 
@@ -145,11 +172,20 @@ def evaluate(message: Message, context: Context) -> Message:
     task = _task(message)
     worker = _worker(task["spec"])
     worker.load(message.content, task["version"])
+    strategy, training = worker.strategy, worker.training
     outcomes: list[Outcome] = []
-    for index, whole in zip(task["writers"], task["whole"], strict=True):
+    for index, client, version in zip(
+        task["writers"], task["clients"], task["versions"], strict=True
+    ):
         writer = worker.writer(index)
-        rows = np.arange(len(writer.labels), dtype=np.int32) if whole else writer.test
-        outcomes.append(worker.training.evaluate(writer, rows))
+        if strategy.tuning_steps or (strategy.personalises and version):
+            if strategy.remembers:
+                training.load_memory(worker.memories.recall(client, version))
+            outcomes.append(training.evaluate_personal(writer, index))
+            continue
+        unseen = client < 0
+        rows = np.arange(len(writer.labels), dtype=np.int32) if unseen else writer.test
+        outcomes.append(training.evaluate(writer, rows))
     worker.inbox.ring(message.content)
     return _reply(message, context, _columns(outcomes))
 
@@ -171,11 +207,7 @@ def _failed(message: Message, writer: Writer, client: int, error: Exception) -> 
 
 
 def _columns(outcomes: Sequence[Outcome]) -> dict[str, list[Any]]:
-    return {
-        "examples": [outcome.examples for outcome in outcomes],
-        "loss_sum": [outcome.loss_sum for outcome in outcomes],
-        "correct": [outcome.correct for outcome in outcomes],
-    }
+    return {name: [getattr(outcome, name) for outcome in outcomes] for name in COLUMNS}
 
 
 def _task(message: Message) -> dict[str, Any]:
@@ -200,6 +232,7 @@ class Job:
         workers: worker processes.
         bundle: clients a message; None cuts the cohort by the number of workers.
         by_value: send weights and updates inside the messages instead of through shared files.
+        memory: folder of what clients remember from round to round.
     """
 
     model: Model
@@ -212,6 +245,7 @@ class Job:
     workers: int
     bundle: int | None
     by_value: bool
+    memory: Path
 
     @functools.cached_property
     def spec(self) -> str:
@@ -223,6 +257,17 @@ class Job:
             seed=self.schedule.seed,
             store=str(self.store.folder),
             test_fraction=self.test_fraction,
+            memory=str(self.memory),
+        )
+
+    @functools.cached_property
+    def train_examples(self) -> NDArray[np.int64]:
+        """Images that each client trains on, `[clients]`."""
+        return np.array(
+            [
+                len(self.store.writer(index, self.test_fraction, self.schedule.seed).train)
+                for index in self.federation.clients.tolist()
+            ]
         )
 
     @property
@@ -286,7 +331,8 @@ class GridWorkers:
         self._version = 0
         self._published: Weights | None = None
         self._shapes: list[tuple[int, ...]] = []
-        self._trainable = np.diff(job.store.offsets)
+        self._memories = Memories(job.memory)
+        self._versions = np.zeros(len(job.federation.clients), np.int64)
 
     @property
     def pids(self) -> list[int]:
@@ -298,9 +344,15 @@ class GridWorkers:
         """Sum of the workers' peak resident memory in bytes."""
         return 1024 * sum(self._peaks.values())
 
-    def start(self, weights: Weights) -> None:
-        """Have every worker build its model, and learn which node is served when."""
+    def start(self, weights: Weights, finished: int) -> None:
+        """Have every worker build its model, and learn which node is served when.
+
+        Args:
+            weights: the global weights.
+            finished: the last finished round.
+        """
         self._shapes = [layer.shape for layer in weights]
+        self._versions = self._memories.versions(len(self._versions), finished)
         if not self._job.strategy.averages:
             self._outbox.reserve_updates(self._job.schedule.clients_per_round)
         self._nodes = self._registered()
@@ -311,23 +363,37 @@ class GridWorkers:
         # Flower hands messages to workers in the order of its partitions.
         self._nodes = [node for _, node in sorted(zip(partitions, self._nodes, strict=True))]
 
-    def train(self, weights: Weights, cohort: Writers, round: int) -> Trained:
+    def train(self, weights: Weights, state: State, cohort: Writers, round: int) -> Trained:
         """Train `cohort` from `weights` and aggregate."""
         job, writers = self._job, self._job.federation.clients[cohort]
-        bundles = cut(self._trainable[writers], job.workers, job.bundle)
-        shared = self._publish(weights)
-        attempt = f"{self._attempt}.{round}"
-        contents = [
-            self._content(
-                shared,
-                round=round,
-                attempt=attempt,
-                clients=cohort[bundle].tolist(),
-                writers=writers[bundle].tolist(),
-                slots=bundle,
-            )
-            for bundle in bundles
-        ]
+        examples = job.train_examples[cohort]
+        steps = [job.local.steps(int(count)) for count in examples]
+        shared = self._publish(weights, state)
+        about = {
+            "round": round,
+            "attempt": f"{self._attempt}.{round}",
+            "most_steps": max(steps),
+        }
+        if job.strategy.pools:
+            bundles = [[0]]
+            batches = sum(-(-int(count) // job.local.batch_size) for count in examples)
+            about["examples"] = job.local.epochs * batches * job.local.batch_size
+            everyone = {"clients": [0], "versions": [0], "slots": [0]}
+            everyone["writers"] = job.federation.clients.tolist()
+            contents = [self._content(shared, **about, **everyone)]
+        else:
+            bundles = cut(examples, job.workers, job.bundle)
+            contents = [
+                self._content(
+                    shared,
+                    **about,
+                    clients=cohort[bundle].tolist(),
+                    versions=self._versions[cohort[bundle]].tolist(),
+                    writers=writers[bundle].tolist(),
+                    slots=bundle,
+                )
+                for bundle in bundles
+            ]
         sizes = [len(bundle) for bundle in bundles]
         replies = self._exchange(
             "train",
@@ -336,45 +402,58 @@ class GridWorkers:
         )
         outcomes = _in_order(bundles, [_outcomes(reply) for reply in replies])
         seconds = _in_order(bundles, [_outcome(reply)["seconds"] for reply in replies])
+        weight_sum = sum(job.strategy.weight(outcome, max(steps)) for outcome in outcomes)
+        delta, extra, updates = list[Any](), list[Any](), list[Update]()
         if job.strategy.averages:
             if not sum(_outcome(reply)["largest"] for reply in replies) < LARGEST_SUM:
                 raise DivergedError(
-                    f"the cohort's updates times their examples add up beyond {LARGEST_SUM:.0f}; "
+                    f"the cohort's updates times their weights add up beyond {LARGEST_SUM:.0f}; "
                     "the run diverged, try a smaller local.learning_rate"
                 )
-            examples = sum(outcome.examples for outcome in outcomes)
-            delta: Weights = unflatten(self._outbox.mean(replies, examples), self._shapes)
+            mean = self._outbox.mean(replies, weight_sum)
+            parts = np.split(mean, 1 + job.strategy.sends_extra)
+            delta, extra = (*(unflatten(part, self._shapes) for part in parts), [])[:2]
         else:
             vectors = self._outbox.updates(replies, bundles)
-            delta = job.strategy.aggregate(
-                [
-                    Update(o.examples, o.loss_sum, o.correct, int(c), unflatten(v, self._shapes))
-                    for c, v, o in zip(cohort, vectors, outcomes, strict=True)
-                ]
-            )
-        return Trained(delta, outcomes, seconds)
+            updates = [
+                Update(**vars(outcome), client=client, delta=unflatten(vector, self._shapes))
+                for client, vector, outcome in zip(cohort.tolist(), vectors, outcomes, strict=True)
+            ]
+        if job.strategy.remembers:
+            self._versions[cohort] = round
+        return Trained(delta, updates, extra, weight_sum, outcomes, seconds)
 
-    def evaluate(self, weights: Weights, round: int) -> tuple[Sequence[Outcome], Sequence[Outcome]]:
+    def evaluate(
+        self, weights: Weights, state: State
+    ) -> tuple[Sequence[Outcome], Sequence[Outcome]]:
         """Evaluate on every client's held-out images and on all images of the unseen writers."""
         job, writers = self._job, self._job.evaluated
         clients = len(job.federation.clients)
-        whole = np.arange(len(writers)) >= clients
-        held_out = np.where(whole, 1.0, job.test_fraction)
-        bundles = cut(self._trainable[writers] * held_out, job.workers, None)
-        shared = self._publish(weights)
+        unseen = np.arange(len(writers)) >= clients
+        numbers = np.where(unseen, -1, np.arange(len(writers)))
+        versions = np.concatenate([self._versions, np.zeros(len(writers) - clients, np.int64)])
+        held_out = np.where(unseen, 1.0, job.test_fraction)
+        bundles = cut(job.store.examples[writers] * held_out, job.workers, None)
+        shared = self._publish(weights, state)
         contents = [
-            self._content(shared, writers=writers[b].tolist(), whole=whole[b].astype(int).tolist())
-            for b in bundles
+            self._content(
+                shared,
+                writers=writers[bundle].tolist(),
+                clients=numbers[bundle].tolist(),
+                versions=versions[bundle].tolist(),
+            )
+            for bundle in bundles
         ]
         replies = self._exchange("evaluate", contents, lambda done: None)
         outcomes = _in_order(bundles, [_outcomes(reply) for reply in replies])
         return outcomes[:clients], outcomes[clients:]
 
-    def _publish(self, weights: Weights) -> RecordDict:
+    def _publish(self, weights: Weights, state: State) -> RecordDict:
         if weights is not self._published:  # an evaluation and the next round share their weights
             self._published = weights
             self._version += 1
-            self._shared = self._outbox.publish(flatten(weights))
+            sent = [weights, *(state[name] for name in self._job.strategy.broadcasts)]
+            self._shared = self._outbox.publish(flatten([array for each in sent for array in each]))
         return self._shared
 
     def _content(self, shared: RecordDict, **task: Any) -> RecordDict:
@@ -462,9 +541,11 @@ class Run:
     @property
     def shared_bytes(self) -> int:
         """Bytes that travel by reference at most: weights, a sum per worker, single updates."""
-        updates = 0 if self.job.strategy.averages else self.job.schedule.clients_per_round
+        strategy = self.job.strategy
+        updates = 0 if strategy.averages else self.job.schedule.clients_per_round
+        sent, summed = 1 + len(strategy.broadcasts), 1 + strategy.sends_extra
         parameters = sum(layer.size for layer in self.weights)
-        return parameters * (4 + 8 * self.job.workers + 4 * updates)
+        return parameters * (4 * sent + 8 * summed * self.job.workers + 4 * updates)
 
     @property
     def done(self) -> bool:
@@ -500,9 +581,12 @@ def server_app(
     def main(grid: Grid, context: Context) -> None:
         run.attempts += 1
         try:
-            with Outbox(folder, sum(layer.size for layer in run.weights)) as outbox:
+            strategy, parameters = run.job.strategy, sum(layer.size for layer in run.weights)
+            with Outbox(
+                folder, parameters, 1 + strategy.sends_extra, 1 + len(strategy.broadcasts)
+            ) as outbox:
                 workers = GridWorkers(run.job, grid, outbox, stop, run.on_clients, run.attempts)
-                workers.start(run.weights)
+                workers.start(run.weights, run.finished)
                 run.pids = workers.pids
                 rounds = run_rounds(
                     run.job.schedule,
@@ -539,5 +623,4 @@ def _outcome(reply: RecordDict) -> dict[str, Any]:
 
 def _outcomes(reply: RecordDict) -> list[Outcome]:
     outcome = _outcome(reply)
-    columns = zip(outcome["examples"], outcome["loss_sum"], outcome["correct"], strict=True)
-    return [Outcome(*sums) for sums in columns]
+    return [Outcome(*sums) for sums in zip(*(outcome[name] for name in COLUMNS), strict=True)]

@@ -10,7 +10,7 @@ import numpy as np
 from femfed.data.store import WriterStore
 from femfed.engine.federation import Federation, Writers
 from femfed.seeds import generator
-from femfed.strategies.base import Outcome, State, Strategy, Weights
+from femfed.strategies.base import Cohort, Outcome, State, Strategy, Update, Weights
 
 
 def draw_cohort(seed: int, round: int, clients: int, clients_per_round: int) -> Writers:
@@ -19,17 +19,28 @@ def draw_cohort(seed: int, round: int, clients: int, clients_per_round: int) -> 
     return np.sort(draw.choice(clients, clients_per_round, replace=False))
 
 
+def draw_completing(seed: int, round: int, cohort: Writers, failure_rate: float) -> Writers:
+    """Return those of a cohort who complete the round."""
+    return cohort[generator(seed, "failures", round).random(len(cohort)) >= failure_rate]
+
+
 @dataclass(frozen=True)
 class Trained:
     """What the workers made of one cohort.
 
     Attributes:
-        delta: the aggregated update.
+        delta: the weighted mean of the updates, where the strategy averages.
+        updates: the single updates in the clients' order, where it does not.
+        extra: the mean of what clients sent besides; empty where they send nothing else.
+        weight_sum: sum of the clients' weights in these means.
         outcomes: of each client of the cohort, in its order.
         seconds: each client's own time, in its order.
     """
 
     delta: Weights
+    updates: Sequence[Update]
+    extra: Weights
+    weight_sum: float
     outcomes: Sequence[Outcome]
     seconds: Sequence[float]
 
@@ -37,10 +48,12 @@ class Trained:
 class Workers(Protocol):
     """Whoever trains and evaluates: Flower's grid behind `apps.py`, or a fake in a test."""
 
-    def train(self, weights: Weights, cohort: Writers, round: int) -> Trained:
-        """Train `cohort` from `weights` and aggregate."""
+    def train(self, weights: Weights, state: State, cohort: Writers, round: int) -> Trained:
+        """Train `cohort` from `weights`; average where the strategy does."""
 
-    def evaluate(self, weights: Weights, round: int) -> tuple[Sequence[Outcome], Sequence[Outcome]]:
+    def evaluate(
+        self, weights: Weights, state: State
+    ) -> tuple[Sequence[Outcome], Sequence[Outcome]]:
         """Evaluate `weights` on every client's held-out images and on every unseen writer."""
 
 
@@ -53,7 +66,10 @@ class Round:
         weights: the global weights after it.
         state: the strategy's state after it.
         cohort: the clients that trained.
-        trained: what they came to.
+        failed: clients that were drawn and did not complete the round.
+        trained: what the cohort came to.
+        bytes_up: what each client sent.
+        bytes_down: what each client was sent.
         seen: evaluation on each client's held-out images, None in a round without evaluation.
         unseen: evaluation on each unseen writer, None likewise.
         seconds_train: from the cohort's dispatch to its aggregate.
@@ -65,7 +81,10 @@ class Round:
     weights: Weights
     state: State
     cohort: Writers
+    failed: int
     trained: Trained
+    bytes_up: int
+    bytes_down: int
     seen: Sequence[Outcome] | None
     unseen: Sequence[Outcome] | None
     seconds_train: float
@@ -82,6 +101,7 @@ class Schedule:
         rounds: rounds to run.
         clients: writers in the federation.
         clients_per_round: writers in a cohort.
+        failure_rate: probability that a client that was drawn does not complete the round.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
     """
 
@@ -89,6 +109,7 @@ class Schedule:
     rounds: int
     clients: int
     clients_per_round: int
+    failure_rate: float
     evaluate_every: int
 
 
@@ -102,23 +123,41 @@ def run_rounds(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Round]:
     """Yield round after round, from the one after `finished` on."""
+    size = sum(layer.nbytes for layer in weights) if strategy.exchanges else 0
     for number in range(finished + 1, schedule.rounds + 1):
         start = clock()
-        cohort = draw_cohort(schedule.seed, number, schedule.clients, schedule.clients_per_round)
-        trained = workers.train(weights, cohort, number)
+        drawn = draw_cohort(schedule.seed, number, schedule.clients, schedule.clients_per_round)
+        cohort = draw_completing(schedule.seed, number, drawn, schedule.failure_rate)
+        trained = Trained([], [], [], 0.0, [], [])
+        if len(cohort):
+            trained = workers.train(weights, state, cohort, number)
         seconds_train = clock() - start
-        weights, state = strategy.apply(weights, trained.delta, state)
+        if len(cohort):
+            summary = Cohort(
+                outcomes=trained.outcomes,
+                drawn=len(drawn),
+                clients=schedule.clients,
+                weight_sum=trained.weight_sum,
+                extra=trained.extra,
+            )
+            if strategy.averages:
+                weights, state = strategy.apply(weights, trained.delta, state, summary)
+            else:
+                weights, state = strategy.combine(weights, trained.updates, state, summary)
         seen = unseen = None
         evaluation = clock()
         if number % schedule.evaluate_every == 0 or number == schedule.rounds:
-            seen, unseen = workers.evaluate(weights, number)
+            seen, unseen = workers.evaluate(weights, state)
         seconds_evaluate = clock() - evaluation
         yield Round(
             number=number,
             weights=weights,
             state=state,
-            cohort=cohort,
+            cohort=cohort[:0] if strategy.pools else cohort,
+            failed=len(drawn) - len(cohort),
             trained=trained,
+            bytes_up=size * (1 + strategy.sends_extra),
+            bytes_down=size * (1 + len(strategy.broadcasts)),
             seen=seen,
             unseen=unseen,
             seconds_train=seconds_train,
@@ -156,14 +195,14 @@ def spread(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
 def row(finished: Round) -> dict[str, Any]:
     """Return a round as a row of rounds.csv.
 
-    Bytes are those a client of a real federation would exchange: the weights down, as many numbers
-    up, 4 bytes each.
+    Bytes are those the clients of a real federation would exchange: the weights down, as many
+    numbers up, 4 bytes each, and what the strategy sends besides.
     """
     train_loss, train_accuracy = pooled(finished.trained.outcomes)
     seen, unseen = finished.seen or (), finished.unseen or ()
     test_loss, test_accuracy = pooled(seen)
     unseen_loss, unseen_accuracy = pooled(unseen)
-    exchanged = _bytes(finished) * len(finished.cohort)
+    clients = len(finished.cohort)
     return {
         "round": finished.number,
         "train_loss": train_loss,
@@ -173,10 +212,11 @@ def row(finished: Round) -> dict[str, Any]:
         **spread(seen),
         "unseen_loss": unseen_loss,
         "unseen_accuracy": unseen_accuracy,
-        "clients": len(finished.cohort),
+        "clients": clients,
+        "failed": finished.failed,
         "examples": sum(outcome.examples for outcome in finished.trained.outcomes),
-        "bytes_up": exchanged,
-        "bytes_down": exchanged,
+        "bytes_up": clients * finished.bytes_up,
+        "bytes_down": clients * finished.bytes_down,
         "seconds_train": finished.seconds_train,
         "seconds_evaluate": finished.seconds_evaluate,
         "seconds_overhead": (
@@ -191,10 +231,8 @@ def client_rows(
 ) -> list[dict[str, Any]]:
     """Return a round's clients as rows of clients.csv."""
     rows = []
-    trained = zip(
-        finished.cohort.tolist(), finished.trained.outcomes, finished.trained.seconds, strict=True
-    )
-    for client, outcome, seconds in trained:
+    cohort, trained = finished.cohort.tolist(), finished.trained  # pooled training has no clients
+    for client, outcome, seconds in zip(cohort, trained.outcomes, trained.seconds, strict=False):
         train_loss, train_accuracy = pooled([outcome])
         rows.append(
             {
@@ -205,8 +243,8 @@ def client_rows(
                 "train_loss": train_loss,
                 "train_accuracy": train_accuracy,
                 "seconds": seconds,
-                "bytes_up": _bytes(finished),
-                "bytes_down": _bytes(finished),
+                "bytes_up": finished.bytes_up,
+                "bytes_down": finished.bytes_down,
             }
         )
     return rows
@@ -234,10 +272,6 @@ def writer_rows(
             }
         )
     return rows
-
-
-def _bytes(finished: Round) -> int:
-    return sum(layer.nbytes for layer in finished.weights)
 
 
 def _identity(store: WriterStore, index: int) -> dict[str, Any]:

@@ -130,17 +130,21 @@ class Outbox:
     Args:
         folder: where shared files lie, None to send everything by value.
         parameters: length of the weight vector.
+        up: vectors of that length that a client sends: its update, and perhaps another.
+        down: vectors of that length that a client is sent: the weights, and what else is broadcast.
     """
 
-    def __init__(self, folder: Path | None, parameters: int) -> None:
-        self._folder, self._parameters = folder, parameters
+    def __init__(self, folder: Path | None, parameters: int, up: int = 1, down: int = 1) -> None:
+        self._folder, self._parameters, self._up = folder, parameters, up
         self._files: dict[str, NDArray[Any]] = {}
         self._bell: int | None = None
         if folder is not None:
             with contextlib.suppress(FileExistsError):  # of an engine that was started again
                 os.mkfifo(folder / BELL)
             self._bell = os.open(folder / BELL, os.O_RDWR | os.O_NONBLOCK)
-            self._files["weights"] = mapped(folder / "weights", parameters, np.float32, create=True)
+            self._files["weights"] = mapped(
+                folder / "weights", down * parameters, np.float32, create=True
+            )
 
     def publish(self, weights: Vector) -> RecordDict:
         """Return what every message carries so that a worker can load `weights`."""
@@ -176,16 +180,16 @@ class Outbox:
             return 0
         return len(os.read(self._bell, 4096))
 
-    def mean(self, replies: list[RecordDict], examples: int) -> Vector:
+    def mean(self, replies: list[RecordDict], weight_sum: float) -> Vector:
         """Return the exact sum of all weighted deltas behind `replies`, divided once."""
         sums = self._sums(replies)
-        mean = np.empty(self._parameters, np.float32)
-        for start in range(0, self._parameters, _CHUNK):
+        mean = np.empty(self._up * self._parameters, np.float32)
+        for start in range(0, mean.size, _CHUNK):
             piece = slice(start, start + _CHUNK)
             total = sums[0][piece].copy()
             for part in sums[1:]:
                 total += part[piece]
-            mean[piece] = total / examples
+            mean[piece] = total / weight_sum
         return mean
 
     def _sums(self, replies: list[RecordDict]) -> list[FloatSum]:
@@ -194,7 +198,8 @@ class Outbox:
         names = sorted({str(reply.config_records["sum"]["file"]) for reply in replies})
         for name in names:
             if name not in self._files:
-                self._files[name] = mapped(self._folder / name, self._parameters, np.float64)
+                size = self._up * self._parameters
+                self._files[name] = mapped(self._folder / name, size, np.float64)
         return [self._files[name] for name in names]
 
     def updates(self, replies: list[RecordDict], slots: list[list[int]]) -> NDArray[np.float32]:
@@ -213,10 +218,12 @@ class Inbox:
 
     Args:
         parameters: length of the weight vector.
+        up: vectors of that length that a client sends, as for `Outbox`.
+        down: vectors of that length that a client is sent.
     """
 
-    def __init__(self, parameters: int) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: int, up: int = 1, down: int = 1) -> None:
+        self._parameters, self._up, self._down = parameters, up, down
         self._folder = ""
         self._files: dict[str, NDArray[Any]] = {}
 
@@ -224,13 +231,14 @@ class Inbox:
         """Return the weights a message carries or points to."""
         if "weights" in content.array_records:
             return _only_array(content, "weights")
-        return self._map(content, "weights", self._parameters, np.float32)
+        return self._map(content, "weights", self._down * self._parameters, np.float32)
 
     def sum(self, content: RecordDict) -> tuple[FloatSum, bool]:
         """Return the array to fold into, and whether it lives on between messages."""
+        size = self._up * self._parameters
         if "weights" in content.array_records:
-            return np.empty(self._parameters), False
-        return self._map(content, f"sum-{os.getpid()}", self._parameters, np.float64), True
+            return np.empty(size), False
+        return self._map(content, f"sum-{os.getpid()}", size, np.float64), True
 
     def ring(self, content: RecordDict) -> None:
         """Tell the driver that a message is done."""
@@ -247,16 +255,18 @@ class Inbox:
         else:
             reply["total"] = ArrayRecord([total])
 
-    def put_updates(
-        self, content: RecordDict, reply: RecordDict, updates: NDArray[np.float32], slots: list[int]
-    ) -> None:
-        """Put single updates, `[clients, parameters]`, into the reply or into their shared rows."""
+    def updates(self, content: RecordDict, slots: list[int]) -> list[Vector]:
+        """Return the vector to write each client's update to: its shared row, or one of its own."""
         if "weights" in content.array_records:
-            reply["updates"] = ArrayRecord([updates])
-            return
+            return list(np.empty((len(slots), self._parameters), np.float32))
         rows = self._path(content, "updates").stat().st_size // (4 * self._parameters)
         shared = self._map(content, "updates", rows * self._parameters, np.float32)
-        shared.reshape(rows, self._parameters)[slots] = updates
+        return [shared[slot * self._parameters :][: self._parameters] for slot in slots]
+
+    def put_updates(self, content: RecordDict, reply: RecordDict, updates: list[Vector]) -> None:
+        """Put single updates into the reply unless they are in their shared rows already."""
+        if "weights" in content.array_records:
+            reply["updates"] = ArrayRecord([np.stack(updates)])
 
     def _path(self, content: RecordDict, name: str) -> Path:
         return Path(str(content.config_records["folder"]["path"])) / name

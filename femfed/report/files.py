@@ -25,6 +25,7 @@ ROUND_COLUMNS = (
     "unseen_loss",
     "unseen_accuracy",
     "clients",
+    "failed",
     "examples",
     "bytes_up",
     "bytes_down",

@@ -33,7 +33,12 @@ class FedProx(Strategy):
             raise UserError(f"strategy.proximal_mu={self.proximal_mu}; expected at least 0")
 
     def correct_gradients(
-        self, gradients: Sequence[Any], weights: Sequence[Any], global_weights: Sequence[Any]
+        self,
+        gradients: Sequence[Any],
+        weights: Sequence[Any],
+        global_weights: Sequence[Any],
+        memory: dict[str, Any],
+        state: dict[str, Any],
     ) -> Sequence[Any]:
         """Return `g + proximal_mu * (w - w_global)`."""
         return [

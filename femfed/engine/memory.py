@@ -1,0 +1,69 @@
+"""What clients remember from round to round: a file per client and round, in the run's folder.
+
+Versions make resuming exact: whoever starts again after round r takes every client's newest version
+of a round up to r, whatever was written after it. A writer who never took part has no file.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float32]
+
+
+class Memories:
+    """The memories of one run.
+
+    Args:
+        folder: where they lie; made when the first is kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def keep(self, client: int, round: int, vector: Vector) -> None:
+        """Write what a client remembers after a round, whole or not at all."""
+        self._folder.mkdir(exist_ok=True)
+        path = self._path(client, round)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with partial.open("wb") as file:
+                np.save(file, vector, allow_pickle=False)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def recall(self, client: int, round: int) -> Vector | None:
+        """Return what a client remembers since `round`; None if that is 0, before its first."""
+        if not round:
+            return None
+        vector: Vector = np.load(self._path(client, round), allow_pickle=False)
+        return vector
+
+    def versions(self, clients: int, finished: int) -> NDArray[np.int64]:
+        """Return each client's newest round up to `finished`, 0 where there is none."""
+        newest = np.zeros(clients, np.int64)
+        for client, round in self._kept():
+            if round <= finished:
+                newest[client] = max(newest[client], round)
+        return newest
+
+    def prune(self, round: int) -> None:
+        """Remove what is not needed by anyone who starts again after `round` or later."""
+        kept = self._kept()
+        newest: dict[int, int] = {}
+        for client, version in kept:
+            if version <= round:
+                newest[client] = max(newest.get(client, 0), version)
+        for client, version in kept:
+            if version < newest.get(client, 0):
+                self._path(client, version).unlink(missing_ok=True)
+
+    def _path(self, client: int, round: int) -> Path:
+        return self._folder / f"client_{client:06d}_round_{round:06d}.npy"
+
+    def _kept(self) -> list[tuple[int, int]]:
+        names = [path.stem.split("_") for path in self._folder.glob("client_*.npy")]
+        return [(int(client), int(round)) for _, client, _, round in names]

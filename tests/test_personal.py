@@ -1,0 +1,458 @@
+"""Clients that keep something: memory, personal heads and models, and the two baselines."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from femfed import UserError
+from femfed.client import Local, LocalTraining, flatten
+from femfed.data.store import Handwriting, Writer, WriterStore, stored
+from femfed.engine.apps import Job, Run
+from femfed.engine.federation import Federation
+from femfed.engine.inline import InlineEngine
+from femfed.engine.memory import Memories
+from femfed.engine.rounds import Round, Schedule
+from femfed.models import Dense
+from femfed.strategies.base import Memory, Strategy, Weights
+from femfed.strategies.centralised import Centralised
+from femfed.strategies.ditto import Ditto
+from femfed.strategies.fedavg import FedAvg
+from femfed.strategies.fedper import FedPer
+from femfed.strategies.fedrep import FedRep
+from femfed.strategies.fine_tuning import FineTuning
+from femfed.strategies.local_only import LocalOnly
+
+SEED = 4
+MODEL = Dense(invert=True, units=(8,))  # two kernels, two biases
+LOCAL = Local(epochs=2, batch_size=5, learning_rate=0.05, momentum=0.0, weight_decay=0.0)
+SCHEDULE = Schedule(
+    seed=SEED, rounds=4, clients=6, clients_per_round=3, failure_rate=0.0, evaluate_every=4
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> WriterStore:
+    """Eight writers of 10 to 17 images of noise and two labels each; the last two are unseen."""
+
+    def hands() -> Any:
+        for i in range(8):
+            draw = np.random.default_rng(i)
+            images = draw.integers(256, size=(10 + i, 28, 28), dtype=np.uint8)
+            yield Handwriting(f"w{i}", 0, i, images, draw.integers(2, size=10 + i) + i)
+
+    return stored(tmp_path_factory.mktemp("cache"), {"dataset": "noise"}, hands)
+
+
+def finish(
+    store: WriterStore, folder: Path, strategy: Strategy, **changes: Any
+) -> tuple[Job, list[Round]]:
+    """Run a job to its end."""
+    folder.mkdir(exist_ok=True)
+    rounds: list[Round] = []
+    job = Job(
+        model=MODEL,
+        strategy=strategy,
+        local=LOCAL,
+        schedule=SCHEDULE,
+        federation=Federation(np.arange(6), np.array([6, 7])),
+        store=store,
+        test_fraction=0.3,
+        workers=2,
+        bundle=None,
+        by_value=False,
+        memory=folder / "memory",
+    )
+    job = replace(job, **changes)
+    weights = MODEL.build(SEED).get_weights()
+    run = Run(job, weights, strategy.init(weights), rounds.append, lambda *_: None, print)
+    with InlineEngine() as engine:
+        engine.run(run, folder)
+    return job, rounds
+
+
+def own(job: Job, client: int, rounds: list[Round]) -> np.ndarray | None:
+    """Return what a client remembers at the end."""
+    took_part = [r.number for r in rounds if client in r.cohort]
+    return Memories(job.memory).recall(client, max(took_part, default=0))
+
+
+def trained(
+    start: Weights, writer: Writer, round: int, client: int, strategy: Strategy | None = None
+) -> LocalTraining:
+    """Train one writer from `start` as FedAvg would, or as `strategy` would without memory."""
+    training = LocalTraining(MODEL, strategy or FedAvg(), LOCAL, SEED)
+    training.load(flatten(start))
+    training.train(writer, round, client)
+    return training
+
+
+def weights_after(start: Weights, training: LocalTraining) -> np.ndarray:
+    delta = np.empty(training.parameters, np.float32)
+    training.delta(delta)
+    return flatten(start) + delta
+
+
+def same(ours: Weights, theirs: Weights) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+# memory
+
+
+def test_memories_are_kept_by_client_and_round(tmp_path: Path) -> None:
+    memories = Memories(tmp_path / "memory")
+    assert memories.versions(3, 100).tolist() == [0, 0, 0]
+    assert memories.recall(0, 0) is None
+    for client, round in ((0, 1), (0, 3), (0, 7), (2, 5)):
+        memories.keep(client, round, np.float32([client, round]))
+
+    assert memories.recall(0, 3).tolist() == [0, 3]
+    assert memories.versions(3, 100).tolist() == [7, 0, 5]
+    assert memories.versions(3, 6).tolist() == [3, 0, 5]
+    assert memories.versions(3, 2).tolist() == [1, 0, 0]
+
+
+def test_pruning_leaves_what_a_resumed_run_needs(tmp_path: Path) -> None:
+    memories = Memories(tmp_path)
+    for client, round in ((0, 1), (0, 3), (0, 7), (2, 5)):
+        memories.keep(client, round, np.float32([0]))
+    memories.prune(4)
+
+    for finished in (4, 5, 6, 7):
+        assert memories.versions(3, finished).tolist() == [
+            3 if finished < 7 else 7,
+            0,
+            0 if finished < 5 else 5,
+        ]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_strategy_without_memory_leaves_no_folder(store: WriterStore, tmp_path: Path) -> None:
+    job, _ = finish(store, tmp_path, FedAvg())
+    assert not job.memory.exists()
+
+
+@pytest.mark.parametrize(
+    "strategy", [FedPer(2), FedRep(2, 0.5), Ditto(0.5), LocalOnly()], ids=lambda s: type(s).__name__
+)
+def test_memory_survives_any_cut_and_wire(
+    store: WriterStore, tmp_path: Path, strategy: Strategy
+) -> None:
+    job, rounds = finish(store, tmp_path / "a", strategy)
+    for name, changes in (("b", {"bundle": 1, "workers": 4}), ("c", {"by_value": True})):
+        other, others = finish(store, tmp_path / name, strategy, **changes)
+        assert same(others[-1].weights, rounds[-1].weights)
+        assert others[-1].seen == rounds[-1].seen
+        for client in range(6):
+            ours, theirs = own(job, client, rounds), own(other, client, others)
+            assert (ours is None) == (theirs is None)
+            assert ours is None or np.array_equal(ours, theirs)
+
+
+def test_memory_is_of_those_who_took_part(store: WriterStore, tmp_path: Path) -> None:
+    job, rounds = finish(store, tmp_path, Ditto(0.5))
+
+    took_part = {int(client) for r in rounds for client in r.cohort}
+    kept = {int(path.stem.split("_")[1]) for path in job.memory.iterdir()}
+    assert kept == took_part
+    assert len(list(job.memory.iterdir())) == sum(len(r.cohort) for r in rounds)
+
+
+# baselines
+
+
+def test_local_only_trains_every_client_on_its_own(store: WriterStore, tmp_path: Path) -> None:
+    job, rounds = finish(store, tmp_path, LocalOnly())
+    initial = MODEL.build(SEED).get_weights()
+
+    assert all(same(r.weights, initial) for r in rounds)
+    for client in range(6):
+        weights = initial
+        for r in rounds:
+            if client in r.cohort:
+                training = trained(weights, store.writer(client, 0.3, SEED), r.number, client)
+                weights = [w.numpy() for w in training._weights]
+        found = own(job, client, rounds)
+        if found is not None:
+            np.testing.assert_allclose(found, flatten(weights), atol=1e-6)
+        outcome = LocalTraining(MODEL, FedAvg(), LOCAL, SEED)
+        outcome.load(flatten(weights))
+        writer = store.writer(client, 0.3, SEED)
+        expected = outcome.evaluate(writer, writer.test)
+        assert rounds[-1].seen[client].loss_sum == pytest.approx(expected.loss_sum, rel=1e-5)
+
+
+def test_centralised_takes_a_cohorts_steps_on_everybodys_images(
+    store: WriterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writers: list[Writer] = []
+    train = LocalTraining.train
+
+    def noted(self: LocalTraining, writer: Writer, *rest: Any) -> Any:
+        writers.append(writer)
+        return train(self, writer, *rest)
+
+    monkeypatch.setattr(LocalTraining, "train", noted)
+    job, rounds = finish(store, tmp_path, Centralised())
+
+    own_images = [store.writer(client, 0.3, SEED) for client in range(6)]
+    everything = np.concatenate([w.images[w.train] for w in own_images]).reshape(-1, 784)
+    known = {image.tobytes() for image in everything}
+    assert len(writers) == len(rounds) == 4
+    for pooled, r in zip(writers, rounds, strict=True):
+        drawn = [image.tobytes() for image in pooled.images]
+        assert set(drawn) <= known
+        assert len(r.cohort) == 0
+        assert r.bytes_up == 0
+        assert len(drawn) % LOCAL.batch_size == 0
+        assert len(r.trained.outcomes) == 1
+    # Round 1's cohort of three: batches of 5 from each one's images.
+    from femfed.engine.rounds import draw_cohort
+
+    cohort = draw_cohort(SEED, 1, 6, 3).tolist()
+    steps = sum(-(-len(own_images[client].train) // 5) for client in cohort)
+    assert len(writers[0].images) == 2 * 5 * steps  # two local epochs
+    assert not same(rounds[0].weights, MODEL.build(SEED).get_weights())
+    # Without replacement as long as the images last.
+    counts = np.unique([image.tobytes() for image in writers[0].images], return_counts=True)[1]
+    assert counts.max() - counts.min() <= 1
+    assert job.strategy.averages
+
+
+# personal models
+
+
+def test_dittos_shared_model_is_fedavgs(store: WriterStore, tmp_path: Path) -> None:
+    _, ours = finish(store, tmp_path / "a", Ditto(0.7))
+    _, theirs = finish(store, tmp_path / "b", FedAvg())
+
+    assert all(same(a.weights, b.weights) for a, b in zip(ours, theirs, strict=True))
+    assert ours[-1].unseen == theirs[-1].unseen
+    assert ours[-1].seen != theirs[-1].seen
+
+
+def test_ditto_without_pull_is_local_training(store: WriterStore, tmp_path: Path) -> None:
+    job, rounds = finish(store, tmp_path / "a", Ditto(0.0))
+    alone, others = finish(store, tmp_path / "b", LocalOnly())
+
+    for client in range(6):
+        ours, theirs = own(job, client, rounds), own(alone, client, others)
+        assert (ours is None) == (theirs is None)
+        assert ours is None or np.array_equal(ours, theirs)
+
+
+def test_ditto_pulls_the_own_model_towards_the_shared_one(
+    store: WriterStore, tmp_path: Path
+) -> None:
+    def distance(pull: float) -> float:
+        job, rounds = finish(
+            store, tmp_path / str(pull), Ditto(pull), local=replace(LOCAL, epochs=9)
+        )
+        last = rounds[-1]
+        before = flatten(rounds[-2].weights)
+        return float(np.mean([np.abs(own(job, c, rounds) - before).sum() for c in last.cohort]))
+
+    assert distance(8.0) < distance(1.0) < distance(0.0)
+
+
+def test_one_ditto_step_by_hand(store: WriterStore) -> None:
+    """One step on one batch from own weights v, shared w: v - rate (g(v) + pull (v - w))."""
+    local = Local(epochs=1, batch_size=100, learning_rate=0.05, momentum=0.0, weight_decay=0.0)
+    writer = store.writer(0, 0.3, SEED)
+    initial = MODEL.build(SEED).get_weights()
+    v, w = flatten(initial) * np.float32(1.5), flatten(initial)
+
+    def step(strategy: Strategy, start: np.ndarray) -> np.ndarray:
+        training = LocalTraining(MODEL, strategy, local, SEED)
+        training.load(start)
+        training.train(writer, 1, 0)
+        return start + _delta(training)
+
+    training = LocalTraining(MODEL, Ditto(2.0), local, SEED)
+    training.load(w)
+    training.load_memory(v)
+    training.train(writer, 1, 0)
+
+    expected = step(FedAvg(), v) - np.float32(0.05 * 2.0) * (v - w)
+    np.testing.assert_allclose(training.memory(), expected, atol=1e-6)
+    np.testing.assert_array_equal(w + _delta(training), step(FedAvg(), w))
+
+
+def _delta(training: LocalTraining) -> np.ndarray:
+    delta = np.empty(training.parameters, np.float32)
+    training.delta(delta)
+    return delta
+
+
+# personal heads
+
+
+@pytest.mark.parametrize("strategy", [FedPer(2), FedRep(2, 0.5)], ids=["fedper", "fedrep"])
+def test_a_head_stays_with_its_client(
+    store: WriterStore, tmp_path: Path, strategy: Strategy
+) -> None:
+    """A client that takes part twice goes on with the head it had, on the body of today."""
+    job, rounds = finish(store, tmp_path, strategy)
+    initial = MODEL.build(SEED).get_weights()
+    client = next(c for c in range(6) if sum(c in r.cohort for r in rounds) > 1)
+    writer = store.writer(client, 0.3, SEED)
+    head, before = flatten(initial[-2:]), initial
+    for r in rounds:
+        if client in r.cohort:
+            training = LocalTraining(MODEL, strategy, LOCAL, SEED)
+            training.load(flatten(before))
+            training.load_memory(head)
+            training.train(writer, r.number, client)
+            head = training.memory()
+        before = r.weights
+    assert np.array_equal(head, own(job, client, rounds))
+
+    # It is tested with the shared body and this head.
+    body_and_head = np.concatenate([flatten(rounds[-1].weights[:-2]), head])
+    judge = LocalTraining(MODEL, FedAvg(), LOCAL, SEED)
+    judge.load(body_and_head)
+    assert rounds[-1].seen[client] == judge.evaluate(writer, writer.test)
+
+
+def test_fedper_from_the_first_head_is_fedavg(store: WriterStore, tmp_path: Path) -> None:
+    """In round 1 all heads are the initial one, so all weights are FedAvg's."""
+    schedule = replace(SCHEDULE, rounds=1)
+    _, (ours,) = finish(store, tmp_path / "a", FedPer(2), schedule=schedule)
+    _, (theirs,) = finish(store, tmp_path / "b", FedAvg(), schedule=schedule)
+
+    assert same(ours.weights, theirs.weights)
+
+
+def test_fedrep_trains_the_head_and_then_the_body(store: WriterStore) -> None:
+    writer, initial = store.writer(7, 0.3, SEED), MODEL.build(SEED).get_weights()
+    vector = flatten(initial)
+    body = len(flatten(initial[:-2]))
+
+    def delta_with(share: float) -> np.ndarray:
+        training = LocalTraining(MODEL, FedRep(2, share), LOCAL, SEED)
+        training.load(vector)
+        training.load_memory(None)
+        training.train(writer, 1, 7)
+        return _delta(training)
+
+    mostly_head, mostly_body = delta_with(0.99), delta_with(0.01)  # 3 steps an epoch, 2 epochs
+    assert not mostly_head[:body].any()
+    assert mostly_head[body:].any()
+    assert mostly_body[:body].any()
+    assert not mostly_body[body:].any()
+    both = delta_with(0.5)
+    assert both[:body].any()
+    assert both[body:].any()
+    # The head's half is what training the head alone for one epoch gives.
+    alone = LocalTraining(MODEL, FedRep(2, 0.99), replace(LOCAL, epochs=1), SEED)
+    alone.load(vector)
+    alone.load_memory(None)
+    alone.train(writer, 1, 7)
+    np.testing.assert_array_equal(both[body:], _delta(alone)[body:])
+
+
+def test_a_head_that_is_the_whole_model_is_refused() -> None:
+    with pytest.raises(UserError, match="whole model"):
+        LocalTraining(MODEL, FedPer(4), LOCAL, SEED)
+
+
+# fine-tuning
+
+
+def test_fine_tuning_trains_as_fedavg_and_adapts_before_the_test(
+    store: WriterStore, tmp_path: Path
+) -> None:
+    _, ours = finish(store, tmp_path / "a", FineTuning(4))
+    _, theirs = finish(store, tmp_path / "b", FedAvg())
+
+    assert all(same(a.weights, b.weights) for a, b in zip(ours, theirs, strict=True))
+    losses = [
+        sum(o.loss_sum for o in rounds[-1].seen) / sum(o.examples for o in rounds[-1].seen)
+        for rounds in (ours, theirs)
+    ]
+    assert losses[0] < losses[1]  # every writer has two labels only
+    # Unseen writers adapt too, and are tested on what they did not adapt to.
+    assert [o.examples for o in theirs[-1].unseen] == [16, 17]
+    assert [o.examples for o in ours[-1].unseen] == [5, 5]
+
+
+def test_no_steps_of_fine_tuning_are_fedavg(store: WriterStore, tmp_path: Path) -> None:
+    _, ours = finish(store, tmp_path / "a", FineTuning(0))
+    _, theirs = finish(store, tmp_path / "b", FedAvg())
+
+    assert (ours[-1].seen, ours[-1].unseen) == (theirs[-1].seen, theirs[-1].unseen)
+
+
+def test_fine_tuning_by_hand(store: WriterStore) -> None:
+    """Two passes of one batch each are two steps of gradient descent on all training images."""
+    local = Local(epochs=1, batch_size=7, learning_rate=0.05, momentum=0.0, weight_decay=0.0)
+    writer = store.writer(0, 0.3, SEED)
+    assert len(writer.train) == 7
+    training = LocalTraining(MODEL, FineTuning(2), local, SEED)
+    found = training.evaluate_personal(writer, 0)
+
+    two = LocalTraining(MODEL, FedAvg(), replace(local, epochs=2), SEED)
+    two.train(writer, 1, 0)
+    judge = LocalTraining(MODEL, FedAvg(), local, SEED)
+    judge.load(flatten(two.initial_weights) + _delta(two))
+    assert found.loss_sum == pytest.approx(judge.evaluate(writer, writer.test).loss_sum, rel=1e-5)
+
+
+# what the engine hands to the client's half
+
+
+def test_the_hooks_are_given_what_they_ask_for(store: WriterStore, tmp_path: Path) -> None:
+    """A strategy that only notes: its state, memory, loss, norm and gradient."""
+
+    class Noting(Strategy):
+        broadcasts = ("control",)
+        sends_extra = True
+        needs = frozenset({"loss", "norm", "gradient"})
+
+        def new_memory(self, weights: Weights) -> Memory:
+            return {"rounds": [np.zeros(1, np.float32)]}
+
+        def init(self, weights: Weights) -> dict[str, Weights]:
+            return {"control": [np.full_like(w, 0.25) for w in weights]}
+
+        def finish(self, weights, global_weights, memory, state, path, gradient):  # type: ignore[no-untyped-def]
+            extra = [
+                c + path * g + 0 * w
+                for c, g, w in zip(state["control"], gradient, weights, strict=True)
+            ]
+            return {"rounds": [memory["rounds"][0] + 1]}, extra
+
+    local = Local(epochs=1, batch_size=100, learning_rate=0.05, momentum=0.0, weight_decay=0.0)
+    strategy, writer = Noting(), store.writer(3, 0.3, SEED)
+    training = LocalTraining(MODEL, strategy, local, SEED)
+    initial = flatten(training.initial_weights)
+    training.load(np.concatenate([initial, np.full_like(initial, 0.25)]))
+    training.load_memory(np.float32([4]))
+
+    outcome = training.train(writer, 1, 3)
+
+    assert training.memory().tolist() == [5]
+    before = training.evaluate(writer, writer.train)
+    assert outcome.loss_before == pytest.approx(before.loss_sum / before.examples, rel=1e-6)
+    training.train(writer, 1, 3)
+    delta = _delta(training)
+    assert outcome.squared_norm == pytest.approx(float((delta.astype(np.float64) ** 2).sum()))
+    assert outcome.steps == 1.0
+    # One step of all images, no dropout: the delta is minus the learning rate times the gradient.
+    total = np.zeros(2 * training.parameters)
+    training.fold(2.0, total, first=True)
+    np.testing.assert_allclose(total[: delta.size], 2 * delta, atol=1e-8)
+    np.testing.assert_allclose(total[delta.size :], 2 * (0.25 - delta), atol=1e-6)
+
+
+def test_steps_with_momentum_are_the_norm_of_fednova() -> None:
+    """Each gradient's share in the update, summed one by one."""
+    local = Local(epochs=3, batch_size=10, learning_rate=0.1, momentum=0.9, weight_decay=0.0)
+    steps = 3 * 3  # of 25 examples
+    expected = sum(sum(0.9**k for k in range(steps - first)) for first in range(steps))
+
+    assert local.steps(25) == pytest.approx(expected)
+    assert replace(local, momentum=0.0).steps(25) == steps
