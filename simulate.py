@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # TensorFlow, Flower and Ray take seconds to import: mistakes
 LIBRARIES = ("femfed", "flwr", "ray", "tensorflow", "keras", "numpy", "hydra-core")
 started = time.perf_counter()
 exit_codes: list[int] = []  # of the runs that failed
+sweeps: set[Path] = set()  # folders of sweeps that have a finished run
 
 config.register()
 
@@ -50,6 +52,8 @@ def simulate(cfg: DictConfig) -> None:
             raise UserError(f"{folder} holds a run already; give another hydra.run.dir")
         config.check(cfg)
         run_one(cfg, folder, choices["strategy"], choices["model"])
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            sweeps.add(folder.parent)
     except UserError as error:
         discard(folder)
         exit_codes.append(fail(str(error), 2))
@@ -258,6 +262,11 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print and exit with 1 on
     try:
         simulate()
+        for sweep in sweeps:
+            from femfed.report.comparison import compare
+
+            for path in compare(sweep):
+                print(f"comparison in {os.path.relpath(path)}")
     except (HydraException, OmegaConfBaseException) as error:
         exit_codes.append(fail(config.explain(error), 2))
     except Stopped as stopped:

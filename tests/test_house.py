@@ -39,7 +39,7 @@ LIBRARIES = {
     "keras": {"client", "models"},
     "ray": {"engine.ray"},
     "flwr": {"engine.apps", "engine.inline", "engine.wire", "engine.ray", "strategies.flower"},
-    "matplotlib": {"report.plots", "report.sheet"},
+    "matplotlib": {"report.plots", "report.sheet", "report.comparison"},
     "rich": {"report.progress"},
     "msgspec": {"data.leaf"},
     "h5py": {"data.tff"},
