@@ -2,16 +2,19 @@
 
     python -m benchmarks.overhead
     python -m benchmarks.overhead --models cnn --clients 10 --rounds 20
+    python -m benchmarks.overhead --clients 10 --strategies all --quickstart-clients
 
-Prints, per model and cohort, the medians of: floor (one single-threaded process per core, same
-clients, same compiled epoch, weighted deltas added up, no federation), round (femfed on Flower's
-Ray-backed engine), and their ratio round by round; a floor round is run right after every round, so
-that both see the same machine. The last columns are the pattern of Flower's TensorFlow quickstart
-in the same run, a model built and fitted for every client message: with Flower's default of two
-CPUs a client, and with one CPU and one thread each, which suits it better on few cores.
+Prints, per model, cohort and strategy, the medians of: floor (one single-threaded process per core,
+same clients, same compiled epoch, weighted deltas added up, no federation, whatever the strategy),
+round (femfed on Flower's Ray-backed engine), and their ratio round by round; a floor round is run
+right after every round, so that both see the same machine. The last columns are the pattern of
+Flower's TensorFlow quickstart in the same run, a model built and fitted for every client message:
+with Flower's default of two CPUs a client, and with one CPU and one thread each, which suits it
+better on few cores.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -20,16 +23,20 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.bench import CORES, MODELS, equal_writers, floor, job, run, temporary_cache
+from femfed import config
 from femfed.engine.ray import RayEngine
 from femfed.engine.rounds import Round
+from femfed.strategies.base import Strategy
 
 WARM_UP = 2  # rounds: the first traces, the second touches all memory
 
 
-def measure(model: str, clients: int, rounds: int, folder: Path) -> tuple[list[float], list[float]]:
+def measure(
+    model: str, clients: int, strategy: Strategy, rounds: int, folder: Path
+) -> tuple[list[float], list[float]]:
     """Return seconds of femfed's rounds and of the floor's, pair by pair."""
     store = equal_writers(folder, clients)
-    work = job(store, MODELS[model], clients, rounds + WARM_UP + 1)
+    work = job(store, MODELS[model], clients, rounds + WARM_UP + 1, strategy=strategy)
     seconds: list[float] = []
     bare: list[float] = []
 
@@ -56,27 +63,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--clients", nargs="+", type=int, default=[10, 100])
+    parser.add_argument("--strategies", nargs="+", default=["fedavg"], help="or: all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quickstart-clients", nargs="*", type=int, default=[10])
     options = parser.parse_args()
+    names = options.strategies
+    if names == ["all"]:
+        names = sorted(path.stem for path in (config.CONF / "strategy").glob("*.yaml"))
     print(f"{CORES} cores, 180 images a client, batch 20, 1 epoch, {options.rounds} rounds each")
-    print(f"{'quickstart/round':>90}")
+    print(f"{'quickstart/round':>112}")
     print(
-        "model      clients  floor s  round s  round/floor (min-max)    as documented  1 CPU each"
+        "model      clients  strategy              floor s  round s  round/floor (min-max)"
+        "    as documented  1 CPU each"
     )
-    for model in options.models:
-        for clients in options.clients:
-            with temporary_cache() as folder:
-                rounds, bare = measure(model, clients, options.rounds, Path(folder))
-            ratios = np.array(rounds) / np.array(bare)
-            line = (
-                f"{model:<10} {clients:>7}  {np.median(bare):>7.3f}  {np.median(rounds):>7.3f}  "
-                f"{np.median(ratios):>11.3f} ({ratios.min():.3f}-{ratios.max():.3f})"
-            )
-            if clients in options.quickstart_clients:
-                for cpus in (2, 1):
-                    line += f"  {quickstart(model, clients, cpus) / np.median(rounds):>13.1f}"
-            print(line, flush=True)
+    for model, clients, name in itertools.product(options.models, options.clients, names):
+        strategy = config.make(config.compose([f"strategy={name}"]).strategy, "strategy")
+        with temporary_cache() as folder:
+            rounds, bare = measure(model, clients, strategy, options.rounds, Path(folder))
+        ratios = np.array(rounds) / np.array(bare)
+        line = (
+            f"{model:<10} {clients:>7}  {name:<20}  {np.median(bare):>7.3f}  "
+            f"{np.median(rounds):>7.3f}  {np.median(ratios):>11.3f} "
+            f"({ratios.min():.3f}-{ratios.max():.3f})"
+        )
+        if clients in options.quickstart_clients and name == "fedavg":
+            for cpus in (2, 1):
+                line += f"  {quickstart(model, clients, cpus) / np.median(rounds):>13.1f}"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
