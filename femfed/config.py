@@ -214,6 +214,10 @@ def unknown(key: str) -> str:
     known += [f"dataset.{name!s}" for name in OmegaConf.load(CONF / "config.yaml").dataset]
     for path in CONF.glob("*/*.yaml"):
         known += [f"{path.parent.name}.{name!s}" for name in OmegaConf.load(path)]
+    for path in CONF.glob("*/*.yaml"):
+        for name, value in OmegaConf.load(path).items():
+            if isinstance(value, DictConfig) and key.startswith(f"{path.parent.name}.{name!s}."):
+                return f"unknown key {key}; to add it, write +{key}=VALUE"
     close = difflib.get_close_matches(key, sorted(set(known)), n=1)
     hint = f"did you mean {close[0]}?" if close else "python simulate.py --help lists the keys"
     return f"unknown key {key}; {hint}"

@@ -35,7 +35,7 @@ def partition(
     shards     images sorted by label, cut into clients * shards equal pieces, each client `shards`
     ```
 
-    Held-out images follow the same rule, with the same p_i and the same pieces.
+    Held-out images are dealt in the same way, with the same p_i and the same pieces.
 
     Source: `shards`: B. McMahan et al., "Communication-Efficient Learning of Deep Networks from
     Decentralized Data", AISTATS 2017, https://arxiv.org/abs/1602.05629; `dirichlet`: T.-M. H. Hsu,
@@ -50,7 +50,7 @@ def partition(
         test_fraction: share of a writer's images held out where no split is published.
         seed: seed of the run.
     """
-    rule = {
+    key = {
         "partition": dataset.partition,
         **({"alpha": dataset.alpha} if dataset.partition == "dirichlet" else {}),
         **({"shards": dataset.shards} if dataset.partition == "shards" else {}),
@@ -84,7 +84,7 @@ def partition(
             parts.append(rows)
         return columns, np.concatenate(parts)
 
-    return viewed(store, rule, regroup)
+    return viewed(store, key, regroup)
 
 
 def _deal(

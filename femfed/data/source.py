@@ -104,13 +104,13 @@ class Dataset(ABC):
         labels = labels_of(self.classes)
         if len(labels) == CLASSES and self.fraction == 1 and not self.min_images:
             return everything
-        rule = {
+        key = {
             "classes": sorted(labels),
             "fraction": self.fraction,
             "min_images": self.min_images,
             "seed": self.seed,
         }
-        return viewed(everything, rule, lambda: self._select(everything, labels))
+        return viewed(everything, key, lambda: self._select(everything, labels))
 
     def remarks(self, everything: WriterStore) -> list[str]:
         """Say in a line each what was left out and how the counts differ from the published ones.

@@ -250,12 +250,12 @@ def stored(
     )
 
 
-def viewed(parent: WriterStore, rule: dict[str, Any], regroup: Callable[[], View]) -> WriterStore:
-    """Return the view of `parent` that `rule` describes, opened if it is there, else made.
+def viewed(parent: WriterStore, key: dict[str, Any], regroup: Callable[[], View]) -> WriterStore:
+    """Return the view of `parent` that `key` describes, opened if it is there, else made.
 
     Args:
         parent: the store, or a view of it, whose images are regrouped.
-        rule: whatever identifies the view among all views of `parent`.
+        key: whatever identifies the view among all views of `parent`.
         regroup: returns the writers' columns and the rows of `parent.images` in their order.
     """
 
@@ -268,7 +268,7 @@ def viewed(parent: WriterStore, rule: dict[str, Any], regroup: Callable[[], View
         _write_index(folder, columns, parent.skipped_writers, view_of=store.name)
 
     store = Path(str(parent.images.filename)).parent  # type: ignore[attr-defined]
-    source = {"view_of": parent.folder.name, **rule}
+    source = {"view_of": parent.folder.name, **key}
     return _made(parent.folder.parent, store.name.rpartition("-")[0] + "-view", source, write)
 
 

@@ -1,0 +1,109 @@
+"""RFA: the geometric median of the updates, by Weiszfeld's algorithm."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from femfed import UserError
+from femfed.strategies.base import Strategy, Update, Weights
+
+_PART = 2**18  # values handled at a time
+
+
+@dataclass(frozen=True)
+class GeometricMedian(Strategy):
+    """The point whose distances to the clients' updates have the smallest weighted mean.
+
+    ```
+    server:  a_i = n_i / sum_k n_k                       n_i = examples of client i
+             delta = sum_i a_i delta_i
+             `iterations` times:
+                 b_i = a_i / max(smoothing, ||delta - delta_i||)
+                 delta = sum_i b_i delta_i / sum_i b_i
+    ```
+
+    The algorithm is known as RFA, robust federated aggregation. Clients of less than half the
+    weight may send anything at all. `iterations=0` is FedAvg, and so is a `smoothing` beyond all
+    distances.
+
+    The authors' codes run 4 iterations, each of which is a round of communication to them (the one
+    for FEMNIST fewer once the objective falls by less than a millionth). That leaves far clients
+    much of their pull: of weight a in all, they carry delta off less by a factor of only
+    a / (1 - a) at a time. Here an iteration costs next to nothing at any size of the model, since
+    delta is always a mean of the updates and inner products of these are all it takes. We run
+    many, and a fixed number of them; `iterations=4` is the codes'.
+
+    Source: K. Pillutla, S. M. Kakade, Z. Harchaoui, "Robust Aggregation for Federated Learning",
+    IEEE Transactions on Signal Processing 2022, https://arxiv.org/abs/1912.13445
+
+    Attributes:
+        iterations: of Weiszfeld's algorithm, at least 0.
+        smoothing: smaller distances count as this one, greater than 0; the paper's nu, 1e-6 in the
+            authors' code for TensorFlow Federated and 1e-5 in the one for FEMNIST.
+        by_examples: whether clients count by their examples, as in the paper; otherwise all alike,
+            so that none can claim to count more.
+    """
+
+    iterations: int
+    smoothing: float
+    by_examples: bool
+
+    def __post_init__(self) -> None:
+        if type(self.iterations) is not int or self.iterations < 0:
+            raise UserError(
+                f"strategy.iterations={self.iterations}; expected a whole number of at least 0"
+            )
+        if not 0 < self.smoothing < float("inf"):
+            raise UserError(f"strategy.smoothing={self.smoothing}; expected more than 0")
+        if type(self.by_examples) is not bool:
+            raise UserError(f"strategy.by_examples={self.by_examples}; expected true or false")
+
+    def aggregate(self, updates: Sequence[Update]) -> Weights:
+        """Return the smoothed geometric median."""
+        updates = sorted(updates, key=lambda update: update.client)
+        share = np.array([u.examples if self.by_examples else 1 for u in updates], np.float64)
+        share /= share.sum()
+        weights = share
+        delta = [np.empty(layer.shape, np.float32) for layer in updates[0].delta]
+        gram = _gram(updates) if self.iterations else np.zeros(0)
+        for _ in range(self.iterations):
+            # ||sum_k w_k x_k - x_i||^2, with sum_k w_k = 1
+            inner = gram @ weights
+            squared = weights @ inner - 2 * inner + np.diag(gram)
+            weights = share / np.maximum(np.sqrt(np.maximum(squared, 0.0)), self.smoothing)
+            weights /= weights.sum()
+        for layer, part, values in _columns(updates):
+            delta[layer].reshape(-1)[part] = values @ weights
+        return delta
+
+
+def _gram(updates: Sequence[Update]) -> NDArray[np.float64]:
+    """Return the inner products of the updates' differences from their middle.
+
+    The origin is a value from the middle of every coordinate, not the mean, which a single far
+    client would carry off: honest updates stay near it, and nothing of their distances cancels.
+    """
+    gram = np.zeros((len(updates), len(updates)))
+    for _, _, values in _columns(updates):
+        middle = np.sort(values, axis=1)[:, len(updates) // 2, None]
+        centred = values - middle.astype(np.float64)
+        gram += centred.T @ centred
+    return gram
+
+
+def _columns(
+    updates: Sequence[Update],
+) -> Iterator[tuple[int, slice, NDArray[np.float32]]]:
+    """Yield a layer's number, a part of it, and that part of the updates, [coordinates, clients].
+
+    Values of one coordinate lie together, in a copy that is small enough for the processor's
+    cache: memory grows neither with the model nor with the clients.
+    """
+    step = max(1, _PART // len(updates))
+    for layer, arrays in enumerate(zip(*(update.delta for update in updates), strict=True)):
+        rows = [array.reshape(-1) for array in arrays]
+        for start in range(0, rows[0].size, step):
+            part = slice(start, start + step)
+            yield layer, part, np.stack([row[part] for row in rows], axis=1)
