@@ -405,9 +405,7 @@ def test_what_is_no_mapping_is_refused(given: Any) -> None:
 
 @pytest.mark.parametrize("name", ["num_malicious", "fraction_train", "min_train_nodes", "eta_l"])
 def test_an_argument_that_is_not_taken_is_named(name: str) -> None:
-    with pytest.raises(
-        UserError, match=rf"rule\.{name}=1; .*FedAdam but eta, beta_1, beta_2"
-    ):
+    with pytest.raises(UserError, match=rf"rule\.{name}=1; .*FedAdam but eta, beta_1, beta_2"):
         made("FedAdam", **{name: 1})
 
 

@@ -1,14 +1,12 @@
 """FedMedian: the coordinate-wise median of the updates."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from femfed.strategies.base import Strategy, Update, Weights
-
-_PART = 2**18  # values handled at a time
+from femfed.strategies.columns import columns
 
 
 @dataclass(frozen=True)
@@ -31,23 +29,7 @@ class FedMedian(Strategy):
         """Return the coordinate-wise median."""
         delta = [np.empty(layer.shape, np.float32) for layer in updates[0].delta]
         low, high = (len(updates) - 1) // 2, len(updates) // 2
-        for layer, part, values in _columns(updates):
+        for layer, part, values in columns(updates):
             values.sort(axis=1)
             delta[layer].reshape(-1)[part] = values[:, [low, high]].mean(axis=1, dtype=np.float64)
         return delta
-
-
-def _columns(
-    updates: Sequence[Update],
-) -> Iterator[tuple[int, slice, NDArray[np.float32]]]:
-    """Yield a layer's number, a part of it, and that part of the updates, [coordinates, clients].
-
-    Values of one coordinate lie together, in a copy that is small enough for the processor's
-    cache: memory grows neither with the model nor with the clients.
-    """
-    step = max(1, _PART // len(updates))
-    for layer, arrays in enumerate(zip(*(update.delta for update in updates), strict=True)):
-        rows = [array.reshape(-1) for array in arrays]
-        for start in range(0, rows[0].size, step):
-            part = slice(start, start + step)
-            yield layer, part, np.stack([row[part] for row in rows], axis=1)

@@ -1,15 +1,13 @@
 """FedTrimmedMean: the coordinate-wise mean without the largest and smallest values."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from femfed import UserError
 from femfed.strategies.base import Strategy, Update, Weights
-
-_PART = 2**18  # values handled at a time
+from femfed.strategies.columns import columns
 
 
 @dataclass(frozen=True)
@@ -49,23 +47,7 @@ class FedTrimmedMean(Strategy):
         delta = [np.empty(layer.shape, np.float32) for layer in updates[0].delta]
         n = len(updates)
         cut = min(int(self.trim_fraction * n + 1e-9), (n - 1) // 2)
-        for layer, part, values in _columns(updates):
+        for layer, part, values in columns(updates):
             values.sort(axis=1)
             delta[layer].reshape(-1)[part] = values[:, cut : n - cut].mean(axis=1, dtype=np.float64)
         return delta
-
-
-def _columns(
-    updates: Sequence[Update],
-) -> Iterator[tuple[int, slice, NDArray[np.float32]]]:
-    """Yield a layer's number, a part of it, and that part of the updates, [coordinates, clients].
-
-    Values of one coordinate lie together, in a copy that is small enough for the processor's
-    cache: memory grows neither with the model nor with the clients.
-    """
-    step = max(1, _PART // len(updates))
-    for layer, arrays in enumerate(zip(*(update.delta for update in updates), strict=True)):
-        rows = [array.reshape(-1) for array in arrays]
-        for start in range(0, rows[0].size, step):
-            part = slice(start, start + step)
-            yield layer, part, np.stack([row[part] for row in rows], axis=1)

@@ -1,15 +1,13 @@
 """RFA: the geometric median of the updates, by Weiszfeld's algorithm."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from femfed import UserError
 from femfed.strategies.base import Strategy, Update, Weights
-
-_PART = 2**18  # values handled at a time
+from femfed.strategies.columns import columns, gram_matrix
 
 
 @dataclass(frozen=True)
@@ -67,43 +65,13 @@ class GeometricMedian(Strategy):
         share /= share.sum()
         weights = share
         delta = [np.empty(layer.shape, np.float32) for layer in updates[0].delta]
-        gram = _gram(updates) if self.iterations else np.zeros(0)
+        gram = gram_matrix(updates) if self.iterations else np.zeros(0)
         for _ in range(self.iterations):
             # ||sum_k w_k x_k - x_i||^2, with sum_k w_k = 1
             inner = gram @ weights
             squared = weights @ inner - 2 * inner + np.diag(gram)
             weights = share / np.maximum(np.sqrt(np.maximum(squared, 0.0)), self.smoothing)
             weights /= weights.sum()
-        for layer, part, values in _columns(updates):
+        for layer, part, values in columns(updates):
             delta[layer].reshape(-1)[part] = values @ weights
         return delta
-
-
-def _gram(updates: Sequence[Update]) -> NDArray[np.float64]:
-    """Return the inner products of the updates' differences from their middle.
-
-    The origin is a value from the middle of every coordinate, not the mean, which a single far
-    client would carry off: honest updates stay near it, and nothing of their distances cancels.
-    """
-    gram = np.zeros((len(updates), len(updates)))
-    for _, _, values in _columns(updates):
-        middle = np.sort(values, axis=1)[:, len(updates) // 2, None]
-        centred = values - middle.astype(np.float64)
-        gram += centred.T @ centred
-    return gram
-
-
-def _columns(
-    updates: Sequence[Update],
-) -> Iterator[tuple[int, slice, NDArray[np.float32]]]:
-    """Yield a layer's number, a part of it, and that part of the updates, [coordinates, clients].
-
-    Values of one coordinate lie together, in a copy that is small enough for the processor's
-    cache: memory grows neither with the model nor with the clients.
-    """
-    step = max(1, _PART // len(updates))
-    for layer, arrays in enumerate(zip(*(update.delta for update in updates), strict=True)):
-        rows = [array.reshape(-1) for array in arrays]
-        for start in range(0, rows[0].size, step):
-            part = slice(start, start + step)
-            yield layer, part, np.stack([row[part] for row in rows], axis=1)
