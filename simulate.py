@@ -7,16 +7,17 @@ From the config to objects, from objects to the engine, from the engine to the r
 """
 
 import contextlib
-import importlib.metadata
+import fcntl
 import os
-import platform
-import resource
+import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from types import FrameType
+from typing import Any, TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -25,18 +26,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from femfed import RunError, Stopped, UserError, checkpoint, config
+from femfed import RunError, Stopped, UserError, config
 
-if TYPE_CHECKING:  # TensorFlow, Flower and Ray take seconds to import: mistakes are told before
-    from femfed.data.store import WriterStore
-    from femfed.engine.federation import Federation
-    from femfed.engine.rounds import Round
-    from femfed.report.progress import Progress
+# TensorFlow, Flower and Ray take seconds to import: whatever needs them is imported where a user's
+# mistake would have been told already.
 
-LIBRARIES = ("femfed", "flwr", "ray", "tensorflow", "keras", "numpy", "hydra-core")
 started = time.perf_counter()
 exit_codes: list[int] = []  # of the runs that failed
-sweeps: set[Path] = set()  # folders of sweeps that have a finished run
+finished: list[Path] = []  # folders of the runs that did not
 
 config.register()
 
@@ -45,20 +42,36 @@ config.register()
 def simulate(cfg: DictConfig) -> None:
     """Run one federation as `cfg` says; in a sweep, a run that fails leaves the others be."""
     global started
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    choices = HydraConfig.get().runtime.choices
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    choices = dict(hydra_config.runtime.choices)
     try:
-        if (folder / "rounds.csv").exists():
-            raise UserError(f"{folder} holds a run already; give another hydra.run.dir")
-        config.check(cfg)
-        run_one(cfg, folder, choices["strategy"], choices["model"])
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
-            sweeps.add(folder.parent)
+        with owned(folder):
+            if cfg.resume is not None:
+                cfg, choices = config.resumed(cfg, choices, hydra_config.overrides.task, folder)
+            elif (folder / "rounds.csv").exists():
+                raise UserError(
+                    f"{folder} holds a run already; expected another hydra.run.dir, or "
+                    f"resume={folder} to go on with it"
+                )
+            config.check(cfg)
+            run_one(cfg, folder, choices["strategy"], choices["model"])
+        finished.append(folder)
     except UserError as error:
-        discard(folder)
+        if cfg.resume is None:
+            discard(folder)
         exit_codes.append(fail(str(error), 2))
     except RunError as error:
         exit_codes.append(fail(str(error), 1))
+    except OSError as error:
+        exit_codes.append(fail(f"{error}; {how_to_resume(folder)}", 1))
+    except Stopped as stopped:
+        done = f"{len(finished)} runs done; " if hydra_config.mode is RunMode.MULTIRUN else ""
+        fail(f"stopped; {done}{how_to_resume(folder)}", 0)
+        raise SystemExit(128 + stopped.signal) from None
+    except Exception:
+        fail(how_to_resume(folder), 1)
+        raise
     started = time.perf_counter()  # of a sweep's next run
 
 
@@ -67,6 +80,7 @@ def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) 
     from femfed.engine.federation import open_federation
     from femfed.engine.rounds import Schedule
     from femfed.report.progress import Progress
+    from femfed.results import Results
 
     dataset = config.make(cfg.dataset, "dataset")
     strategy = config.make(cfg.strategy, "strategy")
@@ -89,6 +103,10 @@ def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) 
             on_status=progress.status,
             on_message=progress.message,
         )
+        results = Results(folder, store, federation, progress, cfg.checkpoint.every, started)
+        begun = results.rewind(cfg.rounds)
+        if cfg.resume is not None:
+            progress.message(f"goes on from round {begun.round if begun else 0}")
         by_value = cfg.engine.wire == "value"
         workers = cfg.engine.workers or len(os.sched_getaffinity(0))
         if cfg.engine.kind == "inline":
@@ -98,15 +116,14 @@ def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) 
         else:
             from femfed.engine.ray import RayEngine
 
-            choice = RayEngine(workers, by_value)
+            choice = RayEngine(workers, by_value, model.parameters)
         progress.status(f"starting {choice.workers} workers")
         with choice as engine:
             from femfed.client import Local
             from femfed.engine.apps import Job, Run
 
             keras_model = model.build(cfg.seed)
-            weights = keras_model.get_weights()
-            results = Results(folder, store, federation, progress, cfg.checkpoint.every)
+            weights = begun.weights if begun else keras_model.get_weights()
             job = Job(
                 model=model,
                 strategy=strategy,
@@ -118,6 +135,7 @@ def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) 
                     clients_per_round=cfg.clients_per_round,
                     failure_rate=cfg.failure_rate,
                     evaluate_every=cfg.evaluate.every,
+                    stop_on_divergence=cfg.stop_on_divergence,
                 ),
                 federation=federation,
                 store=store,
@@ -126,11 +144,13 @@ def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) 
                 bundle=cfg.engine.bundle,
                 by_value=by_value,
                 memory=folder.absolute() / "memory",
+                drop=cfg.on_client_error == "drop",
             )
             run = Run(
                 job=job,
                 weights=weights,
-                state=strategy.init(weights),
+                state=begun.state if begun else strategy.init(weights),
+                finished=begun.round if begun else 0,
                 on_round=results.on_round,
                 on_clients=progress.clients_done,
                 on_status=progress.message,
@@ -140,88 +160,6 @@ def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) 
         keras_model.save(folder / "model.keras")
         results.finish(title, about, run.weights, run.peak_memory)
     print(f"results in {os.path.relpath(folder)}")
-
-
-class Results:
-    """Writes what a run leaves, round by round and at its end.
-
-    Args:
-        folder: where.
-        store: the writers' names and coordinates.
-        federation: which of them take part.
-        progress: the display.
-        checkpoint_every: rounds between checkpoints.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        store: "WriterStore",
-        federation: "Federation",
-        progress: "Progress",
-        checkpoint_every: int,
-    ) -> None:
-        from femfed.engine.memory import Memories
-        from femfed.report.events import Events
-        from femfed.report.files import RunFiles
-
-        self._folder, self._store, self._federation = folder, store, federation
-        self._progress, self._checkpoint_every = progress, checkpoint_every
-        self._files, self._events = RunFiles(folder), Events(folder)
-        self._seconds = {"total": 0.0, "startup": 0.0, "train": 0.0, "evaluate": 0.0}
-        self._memories = Memories(folder / "memory")
-        self._last: Round | None = None
-
-    def on_round(self, finished: "Round") -> None:
-        """Write one round."""
-        from femfed.engine import rounds
-
-        if self._last is None:
-            self._seconds["startup"] = time.perf_counter() - started - finished.seconds_total
-        self._last = finished
-        self._seconds["train"] += finished.seconds_train
-        self._seconds["evaluate"] += finished.seconds_evaluate
-        row = rounds.row(finished)
-        clients = rounds.client_rows(finished, self._federation, self._store)
-        self._files.append_clients(clients)
-        self._files.append_round(row)
-        self._events.append_round(row)
-        if finished.number % self._checkpoint_every == 0 or finished.seen is not None:
-            now = checkpoint.Checkpoint(finished.number, finished.weights, finished.state)
-            checkpoint.save(self._folder / "checkpoint", now)
-            oldest = checkpoint.rounds(self._folder / "checkpoint")[0]
-            self._memories.prune(oldest)
-        self._progress.round(row, clients)
-
-    def finish(
-        self, title: str, about: dict[str, Any], weights: list[Any], workers_peak: int
-    ) -> None:
-        """Write what is known at the end only."""
-        from femfed.engine import rounds
-        from femfed.report.plots import plot_curves, plot_writers
-
-        assert self._last is not None
-        self._events.close()
-        final = rounds.row(self._last)
-        self._files.write_writers(rounds.writer_rows(self._last, self._federation, self._store))
-        plot_curves(self._folder, title)
-        plot_writers(self._folder, title)
-        seconds = {**self._seconds, "total": time.perf_counter() - started}
-        seconds["overhead"] = 2 * seconds["total"] - sum(seconds.values())
-        own_peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-        self._files.write_summary(
-            {
-                **about,
-                "weights_sha256": checkpoint.sha256(weights),
-                "test_loss": final["test_loss"],
-                "test_accuracy": final["test_accuracy"],
-                "unseen_accuracy": final["unseen_accuracy"],
-                "seconds": seconds,
-                "peak_memory_mb": (own_peak + workers_peak) / 1e6,
-                "versions": {"python": platform.python_version(), **versions},
-            }
-        )
 
 
 @contextlib.contextmanager
@@ -240,15 +178,40 @@ def noise_to(path: Path) -> Iterator[TextIO]:
             os.close(terminal)
 
 
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Keep every other process from running in `folder`."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"another process is running in {folder}; expected a folder of one's own; wait for it "
+            "or give another hydra.run.dir"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def discard(folder: Path) -> None:
     """Remove the folder of a run that was refused; what is not of that run stays."""
     if (folder / "rounds.csv").exists():
         return
     shutil.rmtree(folder / ".hydra", ignore_errors=True)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     (folder / "simulate.log").unlink(missing_ok=True)
     for empty in (folder, folder.parent):
         with contextlib.suppress(OSError):
             empty.rmdir()
+
+
+def how_to_resume(folder: Path) -> str:
+    """Return the line that says how to go on with the run in `folder`."""
+    command = f"python simulate.py resume={shlex.quote(os.path.relpath(folder))}"
+    return f"no finished round is lost: {command}"
 
 
 def fail(message: str, code: int) -> int:
@@ -257,22 +220,57 @@ def fail(message: str, code: int) -> int:
     return code
 
 
+def in_place(arguments: list[str]) -> list[str]:
+    """Return a command line whose `resume=DIR` makes Hydra run in DIR and leave its config there.
+
+    Raises:
+        UserError: there is no run in DIR.
+    """
+    given = [argument for argument in arguments if argument.startswith("resume=")]
+    if not given:
+        return arguments
+    path = given[-1].removeprefix("resume=").strip("'\"")
+    folder = Path(path).expanduser().absolute()
+    if not (folder / ".hydra" / "config.yaml").is_file():
+        raise UserError(
+            f"resume={path}: no run in {folder}; expected the folder of a run, outputs/DATE/TIME"
+        )
+    if {"-m", "--multirun"} & set(arguments):
+        raise UserError(f"resume={path} with -m; expected one run to go on with at a time")
+    quoted = "'" + str(folder).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    others = [argument for argument in arguments if argument not in given]
+    return [*others, f"resume={quoted}", f"hydra.run.dir={quoted}", "hydra.output_subdir=null"]
+
+
+def on_signal(number: int, frame: FrameType | None) -> None:
+    """Stop what has no handler of its own yet."""
+    raise Stopped(number)
+
+
 def main() -> None:
     """Run what the command line says; a user's mistake is one line and exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print and exit with 1 on
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
     try:
+        sys.argv[1:] = in_place(sys.argv[1:])
         simulate()
+        sweeps = {
+            folder.parent for folder in finished if "-m" in sys.argv or "--multirun" in sys.argv
+        }
         for sweep in sweeps:
             from femfed.report.comparison import compare
 
             for path in compare(sweep):
                 print(f"comparison in {os.path.relpath(path)}")
+    except UserError as error:
+        exit_codes.append(fail(str(error), 2))
     except (HydraException, OmegaConfBaseException) as error:
         exit_codes.append(fail(config.explain(error), 2))
+    except OSError as error:  # of Hydra's, before there is a run
+        exit_codes.append(fail(f"{error}; give another hydra.run.dir", 2))
     except Stopped as stopped:
         exit_codes.append(fail("stopped", 128 + stopped.signal))
-    except KeyboardInterrupt:  # before the engine took the signal over
-        exit_codes.append(fail("stopped", 130))
     sys.exit(max(exit_codes, default=0))
 
 

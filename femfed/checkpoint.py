@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +27,13 @@ class Checkpoint:
         round: the last finished round.
         weights: the global weights.
         state: the strategy's state.
+        about: what a resumed run has to agree with, such as the dataset.
     """
 
     round: int
     weights: Weights
     state: State
+    about: dict[str, str] = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -40,14 +42,15 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     The file is written aside, synced and renamed, so that it is whole whenever it is there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = _path(folder, checkpoint.round)
+    path = path_of(folder, checkpoint.round)
     lists = {
         "weights": checkpoint.weights,
         **{f"state/{k}": v for k, v in checkpoint.state.items()},
     }
     arrays = {f"{name}/{i}": array for name, each in lists.items() for i, array in enumerate(each)}
     lengths = {name: len(each) for name, each in lists.items()}
-    about = json.dumps({"round": checkpoint.round, "lists": lengths}).encode()
+    known = {"round": checkpoint.round, "lists": lengths, "about": checkpoint.about}
+    about = json.dumps(known).encode()
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:
@@ -57,7 +60,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    others = [_path(folder, round) for round in rounds(folder) if round != checkpoint.round]
+    others = [path_of(folder, round) for round in rounds(folder) if round != checkpoint.round]
     for old in others[: -(KEPT - 1)]:
         old.unlink()
     return path
@@ -68,7 +71,8 @@ def rounds(folder: Path) -> list[int]:
     return sorted(int(path.stem[6:]) for path in folder.glob("round_*.npz"))
 
 
-def _path(folder: Path, round: int) -> Path:
+def path_of(folder: Path, round: int) -> Path:
+    """Return the file of a round's checkpoint."""
     return folder / f"round_{round:06d}.npz"
 
 
@@ -87,7 +91,7 @@ def load(path: Path) -> Checkpoint:
             }
         weights = lists.pop("weights")
         state = {name.removeprefix("state/"): each for name, each in lists.items()}
-        return Checkpoint(about["round"], weights, state)
+        return Checkpoint(about["round"], weights, state, about["about"])
     except FileNotFoundError:
         raise
     except Exception as error:  # damage shows as any of a dozen errors, by where it struck

@@ -264,13 +264,7 @@ class LocalTraining:
         """
         start, largest = 0, 0.0
         for delta in chain(self._delta_chunks(), self._extra_chunks()):
-            magnitude = float(weight * max(delta.max(), -delta.min()))  # NaN if one element is
-            if not magnitude < LARGEST_SUM:
-                raise DivergedError(
-                    f"the update times its weight of {weight:g} reaches {magnitude:.3g}; "
-                    f"expected less than {LARGEST_SUM:.0f}"
-                )
-            largest = max(largest, magnitude)
+            largest = max(largest, _magnitude(weight, delta))
             term = self._term[: delta.size]
             term[:] = delta
             term *= weight
@@ -283,6 +277,11 @@ class LocalTraining:
                 target += term
             start += delta.size
         return largest
+
+    def check(self, weight: float) -> None:
+        """Raise what `fold` would raise, before it has added anything."""
+        for delta in chain(self._delta_chunks(), self._extra_chunks()):
+            _magnitude(weight, delta)
 
     def delta(self, vector: NDArray[np.float32]) -> None:
         """Write `w - w_global` of the client just trained to `vector`, `[parameters]`.
@@ -536,6 +535,16 @@ class LocalTraining:
 def _assign(variables: Sequence[tf.Variable], values: Sequence[Any]) -> None:
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
+
+
+def _magnitude(weight: float, delta: NDArray[np.float32]) -> float:
+    magnitude = float(weight * max(delta.max(), -delta.min()))  # NaN if one element is
+    if not magnitude < LARGEST_SUM:
+        raise DivergedError(
+            f"the update times its weight of {weight:g} reaches {magnitude:.3g}; "
+            f"expected less than {LARGEST_SUM:.0f}"
+        )
+    return magnitude
 
 
 def _pixels(images: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:

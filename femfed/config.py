@@ -94,11 +94,19 @@ class Config:
     local: LocalConfig = field(default_factory=LocalConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    on_client_error: str = _key("stop the run, or drop the client from its round")
+    stop_on_divergence: bool = _key("end a run whose loss or weights leave all bounds")
+    resume: str | None = _key("folder of a run to go on with")
     list_clients: bool = _key("print every round's clients: number and subject number")
     cache: str = _key("folder of the converted datasets")
 
 
-CHOICES = {"engine.kind": ("ray", "inline"), "engine.wire": ("reference", "value")}
+CHOICES = {
+    "engine.kind": ("ray", "inline"),
+    "engine.wire": ("reference", "value"),
+    "on_client_error": ("stop", "drop"),
+}
+MAY_CHANGE = ("rounds", "engine", "checkpoint", "list_clients", "cache", "resume")
 
 
 def register() -> None:
@@ -120,6 +128,46 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         raise UserError(explain(error)) from None
     check(cfg)
     return cfg
+
+
+def resumed(
+    cfg: DictConfig, choices: dict[str, Any], overrides: Sequence[str], folder: Path
+) -> tuple[DictConfig, dict[str, Any]]:
+    """Return the config of the run in `folder` and its choices of groups.
+
+    What of `MAY_CHANGE` the command line gives is taken from there, and a new number of rounds is
+    kept for the next time.
+
+    Args:
+        cfg: of the command line.
+        choices: of the command line.
+        overrides: the command line.
+        folder: of the run.
+
+    Raises:
+        UserError: the command line would change what the run computes.
+    """
+    own: Any = OmegaConf.merge(
+        OmegaConf.structured(Config), OmegaConf.load(folder / ".hydra" / "config.yaml")
+    )
+    about: Any = OmegaConf.load(folder / ".hydra" / "hydra.yaml")
+    own_choices = dict(about.hydra.runtime.choices)
+    for override in overrides:
+        key = re.split(r"[=@]", override.lstrip("+~"))[0]
+        if key.split(".")[0] in MAY_CHANGE:
+            OmegaConf.update(own, key, OmegaConf.select(cfg, key))
+        elif choices.get(key) != own_choices.get(key) or (
+            OmegaConf.select(cfg, key) != OmegaConf.select(own, key)
+        ):
+            raise UserError(
+                f"{override} would change what the resumed run computes; expected no more than "
+                f"{', '.join(MAY_CHANGE)}"
+            )
+    kept = OmegaConf.merge(own, {"resume": None})
+    partial = folder / ".hydra" / "config.yaml.new"
+    OmegaConf.save(kept, partial)
+    partial.replace(folder / ".hydra" / "config.yaml")
+    return own, own_choices
 
 
 def check(cfg: DictConfig) -> None:

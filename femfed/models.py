@@ -8,6 +8,7 @@ dropout anew for every client (`client.py`); Keras' global generator is never dr
 pixels as they are, which works, but starts slowly: most inputs are 1.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -23,6 +24,10 @@ CLASSES = 62
 
 class Model(Protocol):
     """What `conf/model/NAME.yaml` builds."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
 
     def build(self, seed: int) -> "keras.Model":
         """Return a fresh model whose initial weights depend on `seed` alone."""
@@ -76,6 +81,11 @@ class CNN:
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 <= rate < 1")
         _require(0 <= self.dense_dropout < 1, "dense_dropout", self.dense_dropout, "0 <= rate < 1")
 
+    @property
+    def parameters(self) -> int:
+        """Number of weights, 1,206,590."""
+        return _sizes(3 * 3 * 1, 32) + _sizes(3 * 3 * 32, 64) + _sizes(12 * 12 * 64, 128, CLASSES)
+
     def build(self, seed: int) -> "keras.Model":
         """Return the model with initial weights drawn from `seed`."""
         from keras import layers
@@ -118,6 +128,12 @@ class PooledCNN:
 
     def __post_init__(self) -> None:
         _require(self.units >= 1, "units", self.units, "at least 1")
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        convolutions = _sizes(5 * 5 * 1, 32) + _sizes(5 * 5 * 32, 64)
+        return convolutions + _sizes(7 * 7 * 64, self.units, CLASSES)
 
     def build(self, seed: int) -> "keras.Model":
         """Return the model with initial weights drawn from `seed`."""
@@ -162,6 +178,11 @@ class Dense:
     def __post_init__(self) -> None:
         _require(all(width >= 1 for width in self.units), "units", self.units, "at least 1 each")
 
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return _sizes(28 * 28, *self.units, CLASSES)
+
     def build(self, seed: int) -> "keras.Model":
         """Return the model with initial weights drawn from `seed`."""
         from keras import layers
@@ -172,3 +193,8 @@ class Dense:
         ]
         logits = layers.Dense(CLASSES, kernel_initializer=_glorot(seed, len(hidden)))
         return _sequential("dense", self.invert, [layers.Flatten(), *hidden, logits])
+
+
+def _sizes(*widths: int) -> int:
+    """Return the weights and biases of dense layers between these widths."""
+    return sum((before + 1) * after for before, after in itertools.pairwise(widths))

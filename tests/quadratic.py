@@ -147,6 +147,7 @@ def run(
             outcomes=[Outcome(**_outcome(update)) for update in updates],
             drawn=len(updates),
             clients=len(clients),
+            most_steps=max(update.steps for update in updates),
             weight_sum=sum(shares),
             extra=_mean(extras, shares) if strategy.sends_extra else [],
         )

@@ -234,7 +234,12 @@ def one(layers: Sequence[Any]) -> float:
 
 def cohort_of(outcomes: list[Outcome], weight_sum: float, extra: float = 0.0) -> Cohort:
     return Cohort(
-        outcomes, drawn=len(outcomes), clients=8, weight_sum=weight_sum, extra=number(extra)
+        outcomes,
+        drawn=len(outcomes),
+        clients=8,
+        most_steps=max(outcome.steps for outcome in outcomes),
+        weight_sum=weight_sum,
+        extra=number(extra),
     )
 
 

@@ -73,7 +73,7 @@ def some_updates(round: int, clients: int = CLIENTS) -> list[Update]:
 
 
 def cohort_of(updates: list[Update]) -> Cohort:
-    return Cohort(updates, len(updates), 40, float(sum(u.examples for u in updates)), [])
+    return Cohort(updates, len(updates), 40, 1.0, float(sum(u.examples for u in updates)), [])
 
 
 def run(

@@ -23,6 +23,7 @@ OURS = {
     "models": set(),
     "checkpoint": set(),
     "seeds": set(),
+    "results": {"checkpoint", "data.store", "engine", "report"},
     "report": {"report"},
     "data": {"data.store", "data.source"},
     # The two front doors: this one and simulate.py.

@@ -175,7 +175,7 @@ class FakeWorkers:
             for client, outcome in zip(cohort.tolist(), outcomes, strict=True)
         ]
         seconds = [0.25] * len(cohort)
-        return Trained([np.float32([round])], updates, [], 1.0, outcomes, seconds)
+        return Trained([np.float32([round])], updates, [], 1.0, 1.0, cohort, outcomes, seconds)
 
     def evaluate(
         self, weights: Weights, state: State

@@ -64,6 +64,7 @@ def cohort_of(strategy: Strategy, updates: Sequence[Update], drawn: int | None =
         outcomes=updates,
         drawn=len(updates) if drawn is None else drawn,
         clients=40,
+        most_steps=1.0,
         weight_sum=sum(strategy.weight(update, 1.0) for update in updates),
         extra=[],
     )

@@ -65,6 +65,7 @@ def cohort_of(strategy: Strategy, updates: Sequence[Update], extra: Weights) -> 
         outcomes=updates,
         drawn=len(updates),
         clients=40,
+        most_steps=most_steps,
         weight_sum=sum(strategy.weight(update, most_steps) for update in updates),
         extra=extra if strategy.sends_extra else [],
     )

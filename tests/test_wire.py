@@ -219,7 +219,7 @@ def test_single_updates_arrive_in_their_rows(folder: Path | None, weights: np.nd
         inbox.put_updates(content, reply, updates)
         replies.append(reply)
 
-    updates = outbox.updates(replies, slots)
+    updates = outbox.updates(replies, slots, 5)
 
     assert updates.dtype == np.float32
     assert np.array_equal(updates, rows)

@@ -12,8 +12,9 @@ import resource
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,15 +31,25 @@ from femfed.data.store import Writer, WriterStore
 from femfed.engine.federation import Federation, Writers
 from femfed.engine.memory import Memories
 from femfed.engine.rounds import Round, Schedule, Trained, run_rounds
-from femfed.engine.wire import Inbox, Outbox, SharedFolder, construct, describe, to_json
+from femfed.engine.wire import (
+    NOBODY,
+    Inbox,
+    Outbox,
+    SharedFolder,
+    construct,
+    describe,
+    left_by_the_dead,
+    to_json,
+)
 from femfed.models import Model
 from femfed.seeds import generator
 from femfed.strategies.base import Outcome, State, Strategy, Update, Weights
 
 POLL = 0.001  # seconds between two looks for a reply that is on its way
+DEADLY = 3  # times that a client's training may end its worker in one round
 PATIENCE = 0.02  # seconds until the next look for replies that nobody has announced
 
-COLUMNS = tuple(field.name for field in fields(Outcome))
+COLUMNS = tuple(each.name for each in fields(Outcome))
 
 T = TypeVar("T")
 
@@ -135,8 +146,11 @@ def train(message: Message, context: Context) -> Message:
     largest = 0.0
     bundle, strategy = task["clients"], worker.strategy
     updates = [] if strategy.averages else worker.inbox.updates(message.content, task["slots"])
+    places: list[int] = []  # of the clients that complete the round
+    dropped: list[str] = []
     for place, (client, version) in enumerate(zip(bundle, task["versions"], strict=True)):
         start = time.perf_counter()
+        worker.inbox.note(message.content, client)
         if strategy.pools:
             writer = worker.pool(task["writers"], task["examples"], task["round"])
         else:
@@ -148,16 +162,26 @@ def train(message: Message, context: Context) -> Message:
             outcome = training.train(writer, task["round"], client, epochs)
             if strategy.averages:
                 weight = strategy.weight(outcome, task["most_steps"])
+                if task["drop"]:
+                    training.check(weight)
                 largest += training.fold(weight, total, first=fresh and not outcomes)
             else:
                 training.delta(updates[place])
             if strategy.remembers:
                 worker.memories.keep(client, task["round"], training.memory())
         except Exception as error:
-            return _failed(message, writer, client, error)
+            if not task["drop"]:
+                return _failed(message, writer, client, error)
+            dropped.append(_named(writer, client, error))
+            continue
+        places.append(place)
         outcomes.append(outcome)
         seconds.append(time.perf_counter() - start)
-    reply = _reply(message, context, {**_columns(outcomes), "seconds": seconds, "largest": largest})
+    worker.inbox.note(message.content, NOBODY)
+    if fresh and not outcomes:
+        total[:] = 0.0
+    about = {"places": places, "dropped": dropped, "seconds": seconds, "largest": largest}
+    reply = _reply(message, context, {**_columns(outcomes), **about})
     if strategy.averages:
         worker.inbox.put_sum(reply.content, total, lives_on=lives_on)
     else:
@@ -197,13 +221,16 @@ def _reply(message: Message, context: Context, columns: dict[str, Any]) -> Messa
 
 
 def _failed(message: Message, writer: Writer, client: int, error: Exception) -> Message:
-    line = (
-        f"client {client} (writer {writer.name}, number {writer.number}, subject number "
-        f"{writer.subject_number}): {error or repr(error)}"
-    )
-    trace = "" if isinstance(error, DivergedError) else traceback.format_exc()
-    failure = ConfigRecord({"error": line, "trace": trace})
+    trace = "" if isinstance(error, DivergedError | OSError) else traceback.format_exc()
+    failure = ConfigRecord({"error": _named(writer, client, error), "trace": trace})
     return Message(RecordDict({"failure": failure}), reply_to=message)
+
+
+def _named(writer: Writer, client: int, error: Exception | str) -> str:
+    return (
+        f"client {client} (writer {writer.name}, number {writer.number}, subject number "
+        f"{writer.subject_number}): {str(error) or repr(error)}"
+    )
 
 
 def _columns(outcomes: Sequence[Outcome]) -> dict[str, list[Any]]:
@@ -233,6 +260,7 @@ class Job:
         bundle: clients a message; None cuts the cohort by the number of workers.
         by_value: send weights and updates inside the messages instead of through shared files.
         memory: folder of what clients remember from round to round.
+        drop: leave a client whose training fails out of its round instead of ending the run.
     """
 
     model: Model
@@ -246,6 +274,7 @@ class Job:
     bundle: int | None
     by_value: bool
     memory: Path
+    drop: bool = False
 
     @functools.cached_property
     def spec(self) -> str:
@@ -312,6 +341,7 @@ class GridWorkers:
         outbox: hands out weights and takes in sums.
         stop: set by whoever wants the run to stop.
         on_clients: called with (clients done, clients of the cohort) as replies come in.
+        on_status: told of clients that are left out.
         attempt: counts the engine's starts, so that a round run again starts new sums.
     """
 
@@ -322,10 +352,11 @@ class GridWorkers:
         outbox: Outbox,
         stop: threading.Event,
         on_clients: Callable[[int, int], None],
+        on_status: Callable[[str], None],
         attempt: int,
     ) -> None:
         self._job, self._grid, self._stop = job, grid, stop
-        self._on_clients, self._attempt = on_clients, attempt
+        self._on_clients, self._on_status, self._attempt = on_clients, on_status, attempt
         self._peaks: dict[int, int] = {}
         self._outbox = outbox
         self._version = 0
@@ -333,11 +364,6 @@ class GridWorkers:
         self._shapes: list[tuple[int, ...]] = []
         self._memories = Memories(job.memory)
         self._versions = np.zeros(len(job.federation.clients), np.int64)
-
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the workers that have replied."""
-        return sorted(self._peaks)
 
     @property
     def peak_memory(self) -> int:
@@ -373,6 +399,7 @@ class GridWorkers:
             "round": round,
             "attempt": f"{self._attempt}.{round}",
             "most_steps": max(steps),
+            "drop": job.drop,
         }
         if job.strategy.pools:
             bundles = [[0]]
@@ -400,8 +427,18 @@ class GridWorkers:
             contents,
             lambda done: self._on_clients(sum(sizes[i] for i in done), len(cohort)),
         )
-        outcomes = _in_order(bundles, [_outcomes(reply) for reply in replies])
-        seconds = _in_order(bundles, [_outcome(reply)["seconds"] for reply in replies])
+        completed = [
+            [bundle[place] for place in _outcome(reply)["places"]]
+            for bundle, reply in zip(bundles, replies, strict=True)
+        ]
+        outcomes = _in_order(completed, [_outcomes(reply) for reply in replies])
+        seconds = _in_order(completed, [_outcome(reply)["seconds"] for reply in replies])
+        for line in (line for reply in replies for line in _outcome(reply)["dropped"]):
+            self._on_status(f"round {round} without {line}")
+        present = sorted(place for part in completed for place in part)
+        cohort = cohort[present]
+        if not outcomes:
+            return Trained([], [], [], max(steps), 0.0, cohort, [], [])
         weight_sum = sum(job.strategy.weight(outcome, max(steps)) for outcome in outcomes)
         delta, extra, updates = list[Any](), list[Any](), list[Update]()
         if job.strategy.averages:
@@ -414,14 +451,23 @@ class GridWorkers:
             parts = np.split(mean, 1 + job.strategy.sends_extra)
             delta, extra = (*(unflatten(part, self._shapes) for part in parts), [])[:2]
         else:
-            vectors = self._outbox.updates(replies, bundles)
+            rows = self._outbox.updates(replies, bundles, len(examples))
             updates = [
-                Update(**vars(outcome), client=client, delta=unflatten(vector, self._shapes))
-                for client, vector, outcome in zip(cohort.tolist(), vectors, outcomes, strict=True)
+                Update(**vars(outcome), client=client, delta=unflatten(rows[place], self._shapes))
+                for client, place, outcome in zip(cohort.tolist(), present, outcomes, strict=True)
             ]
         if job.strategy.remembers:
             self._versions[cohort] = round
-        return Trained(delta, updates, extra, weight_sum, outcomes, seconds)
+        return Trained(
+            delta=delta,
+            updates=updates,
+            extra=extra,
+            most_steps=max(steps),
+            weight_sum=weight_sum,
+            cohort=cohort,
+            outcomes=outcomes,
+            seconds=seconds,
+        )
 
     def evaluate(
         self, weights: Weights, state: State
@@ -524,7 +570,7 @@ class Run:
         finished: the last finished round.
         attempts: how often the engine was started.
         peak_memory: sum of the workers' peak resident memory in bytes.
-        pids: process ids of the workers.
+        lost: how often a client's training ended its worker since the last finished round.
     """
 
     job: Job
@@ -536,7 +582,7 @@ class Run:
     finished: int = 0
     attempts: int = 0
     peak_memory: int = 0
-    pids: Sequence[int] = ()
+    lost: Counter[int] = field(default_factory=Counter)
 
     @property
     def shared_bytes(self) -> int:
@@ -551,6 +597,23 @@ class Run:
     def done(self) -> bool:
         """Whether the last round is finished."""
         return self.finished >= self.job.schedule.rounds
+
+    def blame(self, shared: Path | None) -> None:
+        """Note which clients were being trained by workers that are gone.
+
+        Raises:
+            ClientError: the same client's training ended its worker three times in one round.
+        """
+        for client in left_by_the_dead(shared) if shared else ():
+            self.lost[client] += 1
+            if self.lost[client] == DEADLY:
+                writer = self.job.store.writer(int(self.job.federation.clients[client]), 0.0, 0)
+                reason = (
+                    f"its training ended the worker process {DEADLY} times in round "
+                    f"{self.finished + 1}; is there memory enough for {len(writer.labels)} images "
+                    "and fewer workers (engine.workers)?"
+                )
+                raise ClientError(_named(writer, client, reason))
 
 
 @contextlib.contextmanager
@@ -585,9 +648,10 @@ def server_app(
             with Outbox(
                 folder, parameters, 1 + strategy.sends_extra, 1 + len(strategy.broadcasts)
             ) as outbox:
-                workers = GridWorkers(run.job, grid, outbox, stop, run.on_clients, run.attempts)
+                workers = GridWorkers(
+                    run.job, grid, outbox, stop, run.on_clients, run.on_status, run.attempts
+                )
                 workers.start(run.weights, run.finished)
-                run.pids = workers.pids
                 rounds = run_rounds(
                     run.job.schedule,
                     run.job.strategy,
@@ -598,8 +662,8 @@ def server_app(
                 )
                 for finished in rounds:
                     run.weights, run.state = finished.weights, finished.state
-                    run.finished = finished.number
-                    run.pids, run.peak_memory = workers.pids, workers.peak_memory
+                    run.finished, run.peak_memory = finished.number, workers.peak_memory
+                    run.lost.clear()
                     run.on_round(finished)
         except Exception as error:
             failures.append(error)
@@ -608,13 +672,13 @@ def server_app(
 
 
 def _in_order(bundles: list[list[int]], parts: Iterable[Sequence[T]]) -> list[T]:
-    """Undo the cut: put each bundle's items back in their places."""
+    """Undo the cut: put each bundle's items back in the order of their places."""
     items = {
         place: item
         for bundle, part in zip(bundles, parts, strict=True)
         for place, item in zip(bundle, part, strict=True)
     }
-    return [items[place] for place in range(len(items))]
+    return [items[place] for place in sorted(items)]
 
 
 def _outcome(reply: RecordDict) -> dict[str, Any]:

@@ -14,12 +14,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from femfed import Stopped
+from femfed import Stopped, UserError
 
 if TYPE_CHECKING:
     from femfed.engine.apps import Run
 
 RESTARTS = 3  # of the engine in a row without a finished round in between
+WORKER_MEMORY = 700 * 2**20  # bytes of a worker without a model: TensorFlow, Flower, Ray
+PARAMETER_MEMORY = 48  # bytes a weight: weights, global weights, gradients, sums, activations
 OBJECT_STORE = 128 * 2**20  # bytes; enough for messages that hold names and numbers
 
 
@@ -32,9 +34,14 @@ class RayEngine:
     Args:
         workers: worker processes, one TensorFlow thread each.
         by_value: whether weights travel inside the messages, which takes a larger object store.
+        parameters: of the model, for an estimate of the workers' memory.
+
+    Raises:
+        UserError: there is not memory enough for so many workers.
     """
 
-    def __init__(self, workers: int, by_value: bool) -> None:
+    def __init__(self, workers: int, by_value: bool, parameters: int) -> None:
+        _check_memory(workers, parameters)
         self.workers = workers
         self._object_store = None if by_value else OBJECT_STORE
         self._cluster = contextlib.ExitStack()
@@ -67,13 +74,14 @@ class RayEngine:
         from femfed.engine.apps import LostWorkerError, StoppedError, shared_folder
 
         lost_at, losses = -1, 0
-        with _stoppable(run) as (stop, signals), shared_folder(run, folder) as shared:
+        with shared_folder(run, folder) as shared, _stoppable(shared) as (stop, signals):
             while not run.done:
                 try:
                     _simulate(run, shared, stop)
                 except StoppedError:
                     raise Stopped(signals[0]) from None
                 except LostWorkerError as error:
+                    run.blame(shared)
                     losses = losses + 1 if lost_at == run.finished else 1
                     lost_at = run.finished
                     if losses > RESTARTS:
@@ -82,6 +90,38 @@ class RayEngine:
                     run.on_status(f"lost a worker, runs round {run.finished + 1} again ({reason})")
                     self._cluster.close()
                     self._start()
+                except Exception:
+                    if signals:  # what dying workers say is no news
+                        raise Stopped(signals[0]) from None
+                    raise
+
+
+def _check_memory(workers: int, parameters: int) -> None:
+    each = WORKER_MEMORY + PARAMETER_MEMORY * parameters
+    available = _available_memory()
+    fit = max(0, (available - each) // each)  # the driver takes about as much as a worker
+    if workers > fit:
+        raise UserError(
+            f"{workers} workers need about {(workers + 1) * each / 2**30:.1f} GiB of memory, of "
+            f"which {available / 2**30:.1f} GiB are available; expected at most {fit} workers: "
+            f"engine.workers={max(1, fit)}"
+            + ("" if fit else ", or engine=inline, which needs one process only")
+        )
+
+
+def _available_memory() -> int:
+    """Return the bytes that this machine, or the group of processes this is in, has to give."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            group = Path("/sys/fs/cgroup")
+            left = int((group / limit).read_text()) - int((group / used).read_text())
+            available = min(available, left)
+    return available
 
 
 def _import() -> None:
@@ -151,7 +191,7 @@ def _ray(workers: int, object_store: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stoppable(run: "Run") -> Iterator[tuple[threading.Event, list[int]]]:
+def _stoppable(shared: Path | None) -> Iterator[tuple[threading.Event, list[int]]]:
     """Turn SIGINT and SIGTERM into an event the ServerApp sees; a second one ends at once.
 
     Yields the event and the list that receives the signal's number.
@@ -159,13 +199,16 @@ def _stoppable(run: "Run") -> Iterator[tuple[threading.Event, list[int]]]:
     stop, signals = threading.Event(), list[int]()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        for pid in run.pids:  # a worker in the middle of a bundle would be waited for
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
         if stop.is_set():
+            for pid in _descendants(""):
+                _kill(pid)
+            if shared is not None:
+                shutil.rmtree(shared, ignore_errors=True)
             os._exit(128 + number)
         signals.append(number)
         stop.set()
+        for pid in _descendants("ray::", "default_worker.py"):  # else a bundle would be waited for
+            _kill(pid)
 
     handled = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, on_signal) for number in handled}
@@ -174,3 +217,26 @@ def _stoppable(run: "Run") -> Iterator[tuple[threading.Event, list[int]]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _descendants(*parts: str) -> list[int]:
+    """Return the processes below this one whose command line has one of `parts` in it."""
+    parents: dict[int, int] = {}
+    lines: dict[int, str] = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone since
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            lines[int(path.name)] = (path / "cmdline").read_text(errors="replace")
+    found = []
+    for pid, line in lines.items():
+        ancestor = parents.get(pid, 0)
+        while ancestor not in (0, os.getpid()):
+            ancestor = parents.get(ancestor, 0)
+        if ancestor and any(part in line for part in parts):
+            found.append(pid)
+    return found
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

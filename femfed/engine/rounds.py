@@ -1,5 +1,6 @@
 """The round loop: each round is a pure function of (weights, state, round, seed)."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -7,10 +8,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from femfed.data.store import WriterStore
+from femfed import RunError
+from femfed.data.store import CLASSES, WriterStore
 from femfed.engine.federation import Federation, Writers
 from femfed.seeds import generator
 from femfed.strategies.base import Cohort, Outcome, State, Strategy, Update, Weights
+
+DIVERGED = 10 * math.log(CLASSES)  # loss per image; guessing has a tenth of it
 
 
 def draw_cohort(seed: int, round: int, clients: int, clients_per_round: int) -> Writers:
@@ -32,15 +36,19 @@ class Trained:
         delta: the weighted mean of the updates, where the strategy averages.
         updates: the single updates in the clients' order, where it does not.
         extra: the mean of what clients sent besides; empty where they send nothing else.
+        most_steps: the most local steps that any of the cohort takes.
         weight_sum: sum of the clients' weights in these means.
-        outcomes: of each client of the cohort, in its order.
-        seconds: each client's own time, in its order.
+        cohort: who of the cohort completed the round, in its order.
+        outcomes: of each of these.
+        seconds: each one's own time.
     """
 
     delta: Weights
     updates: Sequence[Update]
     extra: Weights
+    most_steps: float
     weight_sum: float
+    cohort: Writers
     outcomes: Sequence[Outcome]
     seconds: Sequence[float]
 
@@ -72,6 +80,7 @@ class Round:
         bytes_down: what each client was sent.
         seen: evaluation on each client's held-out images, None in a round without evaluation.
         unseen: evaluation on each unseen writer, None likewise.
+        is_last: whether the run ends with it.
         seconds_train: from the cohort's dispatch to its aggregate.
         seconds_evaluate: of the evaluation.
         seconds_total: of the whole round.
@@ -87,6 +96,7 @@ class Round:
     bytes_down: int
     seen: Sequence[Outcome] | None
     unseen: Sequence[Outcome] | None
+    is_last: bool
     seconds_train: float
     seconds_evaluate: float
     seconds_total: float
@@ -103,6 +113,7 @@ class Schedule:
         clients_per_round: writers in a cohort.
         failure_rate: probability that a client that was drawn does not complete the round.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
+        stop_on_divergence: whether a loss or weights beyond all bounds end the run.
     """
 
     seed: int
@@ -111,6 +122,7 @@ class Schedule:
     clients_per_round: int
     failure_rate: float
     evaluate_every: int
+    stop_on_divergence: bool = True
 
 
 def run_rounds(
@@ -128,15 +140,16 @@ def run_rounds(
         start = clock()
         drawn = draw_cohort(schedule.seed, number, schedule.clients, schedule.clients_per_round)
         cohort = draw_completing(schedule.seed, number, drawn, schedule.failure_rate)
-        trained = Trained([], [], [], 0.0, [], [])
+        trained = Trained([], [], [], 0.0, 0.0, cohort, [], [])
         if len(cohort):
             trained = workers.train(weights, state, cohort, number)
         seconds_train = clock() - start
-        if len(cohort):
+        if trained.outcomes:
             summary = Cohort(
                 outcomes=trained.outcomes,
                 drawn=len(drawn),
                 clients=schedule.clients,
+                most_steps=trained.most_steps,
                 weight_sum=trained.weight_sum,
                 extra=trained.extra,
             )
@@ -144,6 +157,8 @@ def run_rounds(
                 weights, state = strategy.apply(weights, trained.delta, state, summary)
             else:
                 weights, state = strategy.combine(weights, trained.updates, state, summary)
+        if schedule.stop_on_divergence:
+            _check(number, weights, trained)
         seen = unseen = None
         evaluation = clock()
         if number % schedule.evaluate_every == 0 or number == schedule.rounds:
@@ -153,17 +168,31 @@ def run_rounds(
             number=number,
             weights=weights,
             state=state,
-            cohort=cohort[:0] if strategy.pools else cohort,
-            failed=len(drawn) - len(cohort),
+            cohort=trained.cohort[:0] if strategy.pools else trained.cohort,
+            failed=0 if strategy.pools else len(drawn) - len(trained.cohort),
             trained=trained,
             bytes_up=size * (1 + strategy.sends_extra),
             bytes_down=size * (1 + len(strategy.broadcasts)),
             seen=seen,
             unseen=unseen,
+            is_last=number == schedule.rounds,
             seconds_train=seconds_train,
             seconds_evaluate=seconds_evaluate,
             seconds_total=clock() - start,
         )
+
+
+def _check(number: int, weights: Weights, trained: Trained) -> None:
+    loss, _ = pooled(trained.outcomes)
+    finite = all(np.isfinite(layer).all() for layer in weights)
+    if finite and (loss is None or loss < DIVERGED):
+        return
+    what = f"a training loss of {loss:.3g}" if finite else "weights that are not finite"
+    raise RunError(
+        f"the run diverged: round {number} came to {what}, where guessing is a loss of "
+        f"{math.log(CLASSES):.2f}; try a smaller local.learning_rate or server learning rate, or "
+        "go on regardless with stop_on_divergence=false"
+    )
 
 
 def pooled(outcomes: Sequence[Outcome]) -> tuple[float | None, float | None]:

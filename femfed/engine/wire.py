@@ -28,6 +28,8 @@ from femfed import UserError
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "femfed-"
 BELL = "bell"  # named pipe that workers write a byte to when they are done
+AT = "at-"  # file in which a worker notes the client it trains; its process id follows
+NOBODY = -1
 LOCK = "lock"  # file that a run keeps locked in its folder
 _CHUNK = 65_536  # numbers summed at a time: the temporaries stay in the core's second-level cache
 
@@ -100,6 +102,16 @@ def _remove_abandoned() -> None:
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError:
             continue  # held by a live run, or gone already
+
+
+def left_by_the_dead(folder: Path) -> list[int]:
+    """Return the clients that workers which are gone were training, and forget them."""
+    clients = []
+    for path in folder.glob(f"{AT}*"):
+        if not Path(f"/proc/{path.name.removeprefix(AT)}").exists():
+            clients.append(int(np.fromfile(path, np.int64)[0]))
+            path.unlink()
+    return [client for client in clients if client != NOBODY]
 
 
 def mapped(path: Path, size: int, dtype: DTypeLike, *, create: bool = False) -> NDArray[Any]:
@@ -202,9 +214,10 @@ class Outbox:
                 self._files[name] = mapped(self._folder / name, size, np.float64)
         return [self._files[name] for name in names]
 
-    def updates(self, replies: list[RecordDict], slots: list[list[int]]) -> NDArray[np.float32]:
+    def updates(
+        self, replies: list[RecordDict], slots: list[list[int]], clients: int
+    ) -> NDArray[np.float32]:
         """Return the cohort's single updates, `[clients, parameters]`; `slots` per reply."""
-        clients = sum(map(len, slots))
         if self._folder is not None:
             return self._files["updates"].reshape(-1, self._parameters)[:clients]
         updates = np.empty((clients, self._parameters), np.float32)
@@ -239,6 +252,11 @@ class Inbox:
         if "weights" in content.array_records:
             return np.empty(size), False
         return self._map(content, f"sum-{os.getpid()}", size, np.float64), True
+
+    def note(self, content: RecordDict, client: int) -> None:
+        """Leave word of which client is being trained, in case this process does not survive it."""
+        if "folder" in content.config_records:
+            self._map(content, f"{AT}{os.getpid()}", 1, np.int64)[0] = client
 
     def ring(self, content: RecordDict) -> None:
         """Tell the driver that a message is done."""
@@ -277,7 +295,8 @@ class Inbox:
             self._folder = str(path.parent)
             self._files.clear()
         if name not in self._files:
-            self._files[name] = mapped(path, size, dtype, create=name.startswith("sum-"))
+            create = name.startswith(("sum-", AT))
+            self._files[name] = mapped(path, size, dtype, create=create)
         return self._files[name]
 
 

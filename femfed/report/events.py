@@ -2,6 +2,8 @@
 
 import math
 import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
@@ -14,14 +16,21 @@ class Events:
 
     Tags group what belongs in one chart: `accuracy/test`, `accuracy/p10`, `loss/unseen`,
     `seconds/train`, `bytes/up`, `cohort/clients`.
+
+    Args:
+        folder: of the run.
+        rounds: rows of rounds.csv that the run was resumed after.
     """
 
-    def __init__(self, folder: Path) -> None:
-        # TensorBoard reads all files of a folder. The process id keeps a run that is resumed
-        # within the second from overwriting the file of its first part.
+    def __init__(self, folder: Path, rounds: Sequence[Row] = ()) -> None:
+        # TensorBoard reads all files of a folder. A resumed run writes its first part again, from
+        # `rounds`, so that no point is there twice.
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         self._writer = SummaryWriter(
             str(folder / "tensorboard"), flush_secs=5, filename_suffix=f".{os.getpid()}"
         )
+        for row in rounds:
+            self.append_round(row)
 
     def __enter__(self) -> "Events":
         return self

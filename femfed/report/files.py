@@ -64,7 +64,8 @@ Row = Mapping[str, float | int | str | None]
 class RunFiles:
     """Writes the tables of one run into `folder`; holds no file open between calls.
 
-    A column that is not evaluated is None and becomes an empty cell. Floats read back exactly.
+    A column that is not evaluated is None and becomes an empty cell. Floats read back exactly. A
+    run that goes on in a folder with tables appends to them, after `rewind`.
 
     Raises:
         ValueError: the folder holds a table with other columns, or a row has columns too many or
@@ -76,6 +77,29 @@ class RunFiles:
         self._folder = folder
         _mend(folder / "rounds.csv", ROUND_COLUMNS)
         _mend(folder / "clients.csv", CLIENT_COLUMNS)
+
+    def rewind(self, finished: int) -> list[dict[str, float | int | None]]:
+        """Cut both tables off after round `finished`; return what is left of rounds.csv.
+
+        Raises:
+            ValueError: one of the rounds up to there is missing.
+        """
+        kept = []
+        for name, columns in (("clients.csv", CLIENT_COLUMNS), ("rounds.csv", ROUND_COLUMNS)):
+            path = self._folder / name
+            rows = []
+            if path.exists():
+                with path.open(newline="", encoding="utf-8") as table:
+                    rows = [row for row in csv.DictReader(table) if int(row["round"]) <= finished]
+                with replacing(path) as file:
+                    file.write(_header(columns) + _lines(path, rows, columns))
+            kept = rows
+        if [int(row["round"]) for row in kept] != list(range(1, finished + 1)):
+            raise ValueError(f"{self._folder / 'rounds.csv'} lacks rounds up to {finished}")
+        return [
+            {name: int(cell) if name == "round" else _number(cell) for name, cell in row.items()}
+            for row in kept
+        ]
 
     def append_round(self, row: Row) -> None:
         """Append the line of one round to rounds.csv."""
@@ -109,6 +133,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _number(cell: str) -> float | None:
+    return float(cell) if cell else None
 
 
 def _append(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:

@@ -62,6 +62,7 @@ class Cohort:
         outcomes: of the clients that completed the round.
         drawn: clients drawn for the round; more than `outcomes` where some failed.
         clients: clients of the federation.
+        most_steps: the most local steps that a client of the cohort took, or would have taken.
         weight_sum: sum of the clients' `Strategy.weight`.
         extra: mean of what clients sent besides their deltas, weighted as these; empty without.
     """
@@ -69,6 +70,7 @@ class Cohort:
     outcomes: Sequence[Outcome]
     drawn: int
     clients: int
+    most_steps: float
     weight_sum: float
     extra: Weights
 

@@ -60,7 +60,7 @@ class FedNova(Strategy):
     ) -> tuple[Weights, State]:
         """Step as far as the clients went on average, along the mean of their updates per step."""
         examples = sum(outcome.examples for outcome in cohort.outcomes)
-        most_steps = max(outcome.steps for outcome in cohort.outcomes)
+        most_steps = cohort.most_steps
         # `delta` was divided by sum_i n_i most_steps / tau_i. Both factors are 1 for equal steps.
         mean_steps = sum(o.examples * (o.steps / most_steps) for o in cohort.outcomes) / examples
         scale = mean_steps * (cohort.weight_sum / examples)
