@@ -45,8 +45,10 @@ def simulate(cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     choices = dict(hydra_config.runtime.choices)
+    ours = False
     try:
         with owned(folder):
+            ours = cfg.resume is None
             if cfg.resume is not None:
                 cfg, choices = config.resumed(cfg, choices, hydra_config.overrides.task, folder)
             elif (folder / "rounds.csv").exists():
@@ -58,7 +60,7 @@ def simulate(cfg: DictConfig) -> None:
             run_one(cfg, folder, choices["strategy"], choices["model"])
         finished.append(folder)
     except UserError as error:
-        if cfg.resume is None:
+        if ours:
             discard(folder)
         exit_codes.append(fail(str(error), 2))
     except RunError as error:

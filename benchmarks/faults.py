@@ -3,14 +3,16 @@
     python -m benchmarks.faults
     python -m benchmarks.faults --trials 3 --strategies fedadam --engine inline
 
-For each strategy, an undisturbed run, and then: `--trials` times `kill -9` of all its processes at a
-random moment after a random round, and `resume=`; and with Ray's workers killed in the middle of a
-round: one, every one, and twice in one round. One line each. Compared are weights_sha256, rounds.csv,
-clients.csv and writers.csv but for the timings, and what is left in /dev/shm.
+For each strategy, an undisturbed run, and then: `--trials` times `kill -9` of all its processes at
+a random moment after a random round, and `resume=`; and with Ray's workers killed in the middle of
+a round: one, every one, and twice in one round. One line each. Compared are weights_sha256,
+rounds.csv, clients.csv and writers.csv but for the timings.
 """
 
 import argparse
+import contextlib
 import csv
+import fcntl
 import functools
 import json
 import os
@@ -124,8 +126,7 @@ def killed_and_resumed(
         finish(start(folder, cache, *overrides))
         return "before there was a config; started again"
     said = finish(start(folder, cache, f"resume={folder}"))
-    resumed = next(line for line in said.splitlines() if line.startswith("goes on"))
-    return resumed
+    return next(line for line in said.splitlines() if line.startswith("goes on"))
 
 
 def workers_killed(
@@ -193,6 +194,16 @@ def trials(folder: Path, cache: Path, options: argparse.Namespace, strategy: str
     return different
 
 
+def abandoned() -> int:
+    """Return how many folders in shared memory belong to no live run."""
+    count = 0
+    for lock in SHARED.glob("femfed-*/lock"):
+        with lock.open("r+") as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            count += 1
+    return count
+
+
 def main() -> None:
     """Run all trials; exit with 1 if one differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -201,15 +212,14 @@ def main() -> None:
     parser.add_argument("--engine", default="ray", choices=["ray", "inline"])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
-    shared = set(SHARED.glob("femfed-*"))
     with tempfile.TemporaryDirectory(prefix="femfed-faults-") as temporary:
         folder = Path(temporary)
         different = sum(
             trials(folder / strategy, folder / "cache", options, strategy)
             for strategy in options.strategies
         )
-    left = set(SHARED.glob("femfed-*")) - shared
-    print(f"{different} trials differ; {len(left)} folders left in {SHARED}")
+        finish(start(folder / "last", folder / "cache", *SETTINGS))
+    print(f"{different} trials differ; {abandoned()} folders left in {SHARED} after another run")
     sys.exit(bool(different))
 
 

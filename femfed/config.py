@@ -110,8 +110,28 @@ MAY_CHANGE = ("rounds", "engine", "checkpoint", "list_clients", "cache", "resume
 
 
 def register() -> None:
-    """Make the schema known to Hydra as `schema`."""
+    """Make the schema known to Hydra as `schema`, and `${fresh:...}`."""
     ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("fresh", _fresh, replace=True)
+
+
+_fresh_folders: dict[str, str] = {}  # asked for -> made
+
+
+def _fresh(path: str) -> str:
+    """Make a folder that was not there: two runs of the same second are not to share one."""
+    if path not in _fresh_folders:
+        number, made = 1, Path(path)
+        made.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                made.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+                made = Path(f"{path}-{number}")
+        _fresh_folders[path] = str(made)
+    return _fresh_folders[path]
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
