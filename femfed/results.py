@@ -143,4 +143,3 @@ class Results:
                 "versions": {"python": platform.python_version(), **self._versions},
             }
         )
-        self._memories.prune(self._last.number)

@@ -2,8 +2,8 @@
 
     FEMFED_FUZZ=100 pytest tests/test_fuzz.py -s
 
-runs a hundred times as many cases, drawn anew. What may be drawn is read off the schema, `conf/` and
-the files themselves, so that a new key or strategy is fuzzed by being there.
+runs a hundred times as many cases, drawn anew. What may be drawn is read off the schema, `conf/`
+and the files themselves, so that a new key or strategy is fuzzed by being there.
 """
 
 import contextlib
@@ -51,6 +51,9 @@ from hypothesis.configuration import set_hypothesis_home_dir
 TIMES = int(os.environ.get("FEMFED_FUZZ", "1"))
 COUNTS: Counter[str] = Counter()
 
+# What hypothesis keeps of itself stays out of the repository.
+set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "femfed-hypothesis")
+
 # Open defects by what they say. Cases that hit them are counted apart; a line goes with its defect.
 KNOWN = (
     "Config group override must be",  # model=null, model=1: a ValueError of Hydra's
@@ -81,9 +84,8 @@ def cases(number: int, **more: Any) -> settings:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def counted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Say at the end how many cases ran; keep hypothesis' own files out of the repository."""
-    set_hypothesis_home_dir(tmp_path_factory.mktemp("hypothesis"))
+def counted() -> Iterator[None]:
+    """Say at the end how many cases ran."""
     yield
     print("\nfuzz:", ", ".join(f"{number:,} {kind}" for kind, number in sorted(COUNTS.items())))
 

@@ -1,0 +1,404 @@
+"""Killed or ended, a run goes on: the same bits and tables, or a line that says why not."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import simulate
+from benchmarks import faults
+from femfed import UserError, checkpoint
+from femfed.client import DivergedError, LocalTraining
+from femfed.engine import ray as ray_engine
+from femfed.engine.wire import AT, left_by_the_dead
+from femfed.report.files import RunFiles
+from tests.test_engine import a_job, finish, same, store  # noqa: F401  # a fixture
+
+TINY = [
+    "clients=4",
+    "clients_per_round=2",
+    "evaluate.unseen_fraction=0.34",
+    "evaluate.every=1",
+    "dataset.writers=6",
+    "model=logistic",
+    "engine=inline",
+]
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
+    """Type `python simulate.py` in this process; return exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["simulate.py", *arguments])
+    monkeypatch.setattr(simulate, "exit_codes", [])
+    monkeypatch.setattr(simulate, "finished", [])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # pytest holds the descriptors
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.raises(SystemExit) as exit,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        simulate.main()
+    return int(exit.value.code or 0), out.getvalue(), err.getvalue()
+
+
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) -> None:
+    paths = [f"cache={folder.parent}/cache", f"hydra.run.dir={folder}"]
+    code, out, err = typed(monkeypatch, *TINY, *overrides, *paths)
+    assert code == 0, out + err
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    code, _, err = typed(monkeypatch, *arguments)
+    (line,) = err.splitlines()
+    assert (code, line[:7]) == (2, "error: ")
+    return line
+
+
+def resume(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) -> str:
+    code, out, err = typed(monkeypatch, f"resume={folder}", *overrides)
+    assert code == 0, out + err
+    return out
+
+
+@pytest.fixture
+def five(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished run of five rounds of SCAFFOLD, which has state and memory."""
+    run(monkeypatch, tmp_path / "five", "rounds=5", "strategy=scaffold")
+    return tmp_path / "five"
+
+
+def unfinished(folder: Path) -> None:
+    """Make a finished run look as if it had been killed in its last round."""
+    for name in ("summary.json", "model.keras", "writers.csv", "curves.png", "writers.png"):
+        (folder / name).unlink()
+
+
+# by hand and by SIGKILL
+
+
+def test_a_longer_run_is_the_shorter_one_gone_on(
+    five: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, tmp_path / "three", "rounds=3", "strategy=scaffold")
+
+    said = resume(monkeypatch, tmp_path / "three", "rounds=5")
+
+    assert "goes on from round 3" in said
+    assert faults.result(tmp_path / "three") == faults.result(five)
+    summary = json.loads((tmp_path / "three" / "summary.json").read_text())
+    assert summary["rounds"] == 5
+
+
+def test_a_run_ended_in_its_last_round_runs_it_again(
+    five: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = faults.result(five)
+    unfinished(five)
+
+    assert "goes on from round 4" in resume(monkeypatch, five)
+    assert faults.result(five) == expected
+
+
+def test_a_run_without_a_checkpoint_starts_again(
+    five: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = faults.result(five)
+    unfinished(five)
+    shutil.rmtree(five / "checkpoint")
+
+    assert "goes on from round 0" in resume(monkeypatch, five)
+    assert faults.result(five) == expected
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "a byte"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    five: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    expected = faults.result(five)
+    newest = five / "checkpoint" / "round_000005.npz"
+    content = newest.read_bytes()
+    middle = len(content) // 2
+    newest.write_bytes(
+        {
+            "half": content[:middle],
+            "empty": b"",
+            "a byte": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        }[damage]
+    )
+    (five / "summary.json").unlink()
+
+    said = resume(monkeypatch, five, "rounds=6")
+
+    assert "round_000005.npz is damaged" in said
+    assert "goes on from round 4" in said
+    rows = faults.result(five)["rounds.csv"]
+    assert isinstance(rows, list)
+    assert rows[:5] == expected["rounds.csv"]
+    assert len(rows) == 6
+
+
+@pytest.mark.parametrize(
+    "strategy", ["fedavg", "fedadam", "scaffold"], ids=lambda strategy: strategy
+)
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, strategy: str) -> None:
+    """One `kill -9` each; `benchmarks.faults` does as many as wanted, on Ray as well."""
+    overrides = [*TINY, "rounds=8", "local.epochs=20", f"strategy={strategy}"]
+    cache = tmp_path / "cache"
+    faults.finish(faults.start(tmp_path / "undisturbed", cache, *overrides))
+
+    said = faults.killed_and_resumed(tmp_path / "killed", cache, 3, 0.05, overrides)
+
+    assert said.startswith("goes on from round")
+    assert faults.result(tmp_path / "killed") == faults.result(tmp_path / "undisturbed")
+
+
+# tables and events
+
+
+def test_rewinding_cuts_both_tables(five: Path) -> None:
+    rows = RunFiles(five).rewind(2)
+
+    assert [row["round"] for row in rows] == [1, 2]
+    with (five / "clients.csv").open() as file:
+        assert [row["round"] for row in csv.DictReader(file)] == ["1", "1", "2", "2"]
+    with pytest.raises(ValueError, match="lacks rounds up to 4"):
+        RunFiles(five).rewind(4)
+
+
+def test_every_point_of_tensorboard_is_there_once(
+    five: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorflow.compat.v1.train import summary_iterator
+
+    def steps() -> list[int]:
+        files = (five / "tensorboard").iterdir()
+        events = [event for file in files for event in summary_iterator(str(file))]
+        values = [(e.step, v.tag) for e in events for v in e.summary.value]
+        return sorted(step for step, tag in values if tag == "accuracy/test")
+
+    assert steps() == [1, 2, 3, 4, 5]
+    resume(monkeypatch, five, "rounds=7")
+    assert steps() == [1, 2, 3, 4, 5, 6, 7]
+
+
+# what may not change
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["strategy=fedavg", "seed=1", "local.learning_rate=0.2", "clients=5", "experiment=homework",
+     "evaluate.every=2", "model=cnn", "failure_rate=0.1"],
+)  # fmt: skip
+def test_what_would_change_the_run_is_refused_by_name(
+    five: Path, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    before = faults.result(five)
+
+    line = refused(monkeypatch, f"resume={five}", "rounds=7", override)
+
+    assert f"{override} would change what the resumed run computes" in line
+    assert faults.result(five) == before
+
+
+def test_what_the_run_began_with_may_be_repeated(
+    five: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same_again = ["strategy=scaffold", "clients=4", "model=logistic", "engine=inline"]
+    assert "goes on from round 5" in resume(monkeypatch, five, *same_again, "rounds=6")
+
+
+def test_a_finished_run_says_how_to_go_on(five: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "expected rounds=6 or more" in refused(monkeypatch, f"resume={five}")
+    assert "expected rounds=6 or more" in refused(monkeypatch, f"resume={five}", "rounds=4")
+    assert (five / "summary.json").exists()
+
+
+def test_no_run_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no run in" in refused(monkeypatch, f"resume={tmp_path}/nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_sweep_is_not_resumed(five: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "one run to go on with" in refused(monkeypatch, "-m", f"resume={five}", "rounds=6,7")
+
+
+def test_a_folder_of_a_sweep_is_resumed(
+    five: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / "seed=0,strategy=sca'ffold"
+    five.rename(odd)
+
+    assert "goes on from round 5" in resume(monkeypatch, odd, "rounds=6")
+
+
+def test_another_dataset_is_noticed(
+    five: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = five / "checkpoint" / "round_000005.npz"
+    saved = checkpoint.load(kept)
+    checkpoint.save(kept.parent, replace(saved, about={**saved.about, "dataset": "other-12"}))
+
+    line = refused(monkeypatch, f"resume={five}", "rounds=6")
+
+    assert "began with the dataset store other-12" in line
+
+
+def test_another_version_is_told(five: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = five / "checkpoint" / "round_000005.npz"
+    saved = checkpoint.load(kept)
+    checkpoint.save(kept.parent, replace(saved, about={**saved.about, "tensorflow": "1.0"}))
+
+    assert "begun with tensorflow 1.0, resumed with" in resume(monkeypatch, five, "rounds=6")
+
+
+def test_a_folder_has_one_process(five: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulate.owned(five):
+        assert "another process is running" in refused(monkeypatch, f"resume={five}", "rounds=6")
+    assert (five / ".hydra" / "config.yaml").exists()
+
+
+# clients that fail
+
+
+def diverging(monkeypatch: pytest.MonkeyPatch, *clients: int) -> None:
+    """Have some clients' training fail, at different places."""
+    train, check = LocalTraining.train, LocalTraining.check
+    last: list[int] = []
+
+    def train_or_fail(self: LocalTraining, writer: Any, round: int, client: int, *rest: Any) -> Any:
+        last[:] = [client]
+        if client in clients[::2]:
+            raise DivergedError("training loss is nan")
+        return train(self, writer, round, client, *rest)
+
+    def check_or_fail(self: LocalTraining, weight: float) -> None:
+        if last[0] in clients[1::2]:
+            raise DivergedError("the update reaches nan")
+        check(self, weight)
+
+    monkeypatch.setattr(LocalTraining, "train", train_or_fail)
+    monkeypatch.setattr(LocalTraining, "check", check_or_fail)
+
+
+@pytest.mark.parametrize("averages", [True, False])
+def test_a_dropped_client_is_left_out_and_counted(
+    store: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    averages: bool,
+) -> None:
+    from femfed.strategies.fedavg import FedAvg
+    from femfed.strategies.fedmedian import FedMedian
+
+    strategy = FedAvg() if averages else FedMedian()
+    diverging(monkeypatch, *((0, 3) if averages else (0,)))
+    results = {}
+    for name, changes in (("a", {}), ("b", {"bundle": 1}), ("c", {"by_value": True})):
+        job = a_job(store, tmp_path, strategy=strategy, drop=True, **changes)
+        results[name] = finish(job, tmp_path)
+    weights, rounds = results["a"]
+
+    assert all(same(weights, other) for other, _ in results.values())
+    gone = {0, 3} if averages else {0}
+    assert all(not gone & set(r.cohort.tolist()) for r in rounds)
+    assert any(r.failed for r in rounds)
+    assert all(len(r.cohort) + r.failed == 5 for r in rounds)
+    assert all(len(r.trained.outcomes) == len(r.cohort) for r in rounds)
+
+
+def test_everybody_dropped_is_a_round_without_news(
+    store: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    diverging(monkeypatch, *[c for client in range(7) for c in (client, 99)])
+    job = a_job(store, tmp_path, drop=True)
+    weights, rounds = finish(job, tmp_path)
+
+    assert same(weights, job.model.build(1).get_weights())
+    assert [r.failed for r in rounds] == [5, 5, 5]
+
+
+def test_dropped_clients_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    diverging(monkeypatch, 1)
+    paths = [f"cache={tmp_path}/cache", f"hydra.run.dir={tmp_path}/run"]
+
+    code, out, _ = typed(monkeypatch, *TINY, "rounds=3", "on_client_error=drop", *paths)
+
+    assert code == 0
+    assert "without client 1 (writer g0000_0" in out
+    with (tmp_path / "run" / "rounds.csv").open() as file:
+        failed = [int(row["failed"]) for row in csv.DictReader(file)]
+    assert sum(failed) == out.count("without client 1")
+
+
+def test_a_diverging_run_is_stopped_with_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [f"cache={tmp_path}/cache", f"hydra.run.dir={tmp_path}/run"]
+    rate = [*TINY, "rounds=9", "local.learning_rate=400", *paths]
+
+    code, _, err = typed(monkeypatch, *rate)
+
+    assert code == 1
+    assert "the run diverged: round" in err
+    assert "try a smaller local.learning_rate" in err
+
+
+# lost workers
+
+
+def test_who_was_being_trained_by_the_dead(tmp_path: Path) -> None:
+    for pid, client in ((os.getpid(), 1), (4194305, 2), (4194306, -1)):  # beyond the largest pid
+        np.array([client]).tofile(tmp_path / f"{AT}{pid}")
+
+    assert left_by_the_dead(tmp_path) == [2]
+    assert left_by_the_dead(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == [f"{AT}{os.getpid()}"]
+
+
+def test_a_writer_that_kills_its_worker_three_times_is_named(
+    store: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    from femfed.engine.apps import ClientError, Run
+
+    job = a_job(store, tmp_path)
+    run = Run(job, [], {}, lambda _: None, lambda *_: None, lambda _: None)
+
+    def lose(client: int) -> None:
+        np.array([client]).tofile(tmp_path / f"{AT}4194305")
+        run.blame(tmp_path)
+
+    for client in (2, 3, 2):
+        lose(client)
+    run.lost.clear()  # a round was finished
+    for client in (2, 2):
+        lose(client)
+    with pytest.raises(ClientError, match=r"client 2 \(writer w2.*ended the worker .* 3 times"):
+        lose(2)
+
+
+def test_too_little_memory_is_told_before_workers_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_engine, "_available_memory", lambda: 4 * 2**30)
+
+    ray_engine.RayEngine(3, by_value=False, parameters=1_206_590)
+    with pytest.raises(UserError, match=r"64 workers need about .* GiB.*engine\.workers=4"):
+        ray_engine.RayEngine(64, by_value=False, parameters=1_206_590)
+    monkeypatch.setattr(ray_engine, "_available_memory", lambda: 2**30)
+    with pytest.raises(UserError, match=r"at most 0 workers: .*engine=inline"):
+        ray_engine.RayEngine(1, by_value=False, parameters=6_603_710)
+
+
+def test_available_memory_is_a_sensible_number() -> None:
+    assert 2**28 < ray_engine._available_memory() < 2**46
