@@ -59,7 +59,8 @@ KNOWN = (
     "Config group override must be",  # model=null, model=1: a ValueError of Hydra's
     "Error executing job with overrides",  # seed=${nowhere}: two lines, and .hydra is left
     "int too large to convert to float",  # strategy=fedprox strategy.proximal_mu=999... (400 times)
-    "too large to convert to C long",  # local.batch_size=1e30 as an integer: a traceback
+"too large to convert to C long",  # local.batch_size=10^30, and 2^63 below: a traceback
+    "Graph execution error",
     "usage: simulate.py",  # -x: argparse's usage, in several lines
 )
 
