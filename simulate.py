@@ -34,6 +34,7 @@ from femfed import RunError, Stopped, UserError, config
 started = time.perf_counter()
 exit_codes: list[int] = []  # of the runs that failed
 finished: list[Path] = []  # folders of the runs that did not
+composed: list[DictConfig] = []  # configs that Hydra made without a complaint
 
 config.register()
 
@@ -42,6 +43,7 @@ config.register()
 def simulate(cfg: DictConfig) -> None:
     """Run one federation as `cfg` says; in a sweep, a run that fails leaves the others be."""
     global started
+    composed.append(cfg)
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     choices = dict(hydra_config.runtime.choices)
@@ -59,10 +61,11 @@ def simulate(cfg: DictConfig) -> None:
             config.check(cfg)
             run_one(cfg, folder, choices["strategy"], choices["model"])
         finished.append(folder)
-    except UserError as error:
+    except (UserError, OmegaConfBaseException) as error:
         if ours:
             discard(folder)
-        exit_codes.append(fail(str(error), 2))
+        said = str(error) if isinstance(error, UserError) else config.explain(error)
+        exit_codes.append(fail(said, 2))
     except RunError as error:
         exit_codes.append(fail(str(error), 1))
     except OSError as error:
@@ -206,8 +209,9 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     (folder / "simulate.log").unlink(missing_ok=True)
     for empty in (folder, folder.parent):
-        with contextlib.suppress(OSError):
-            empty.rmdir()
+        if empty == folder or "outputs" in empty.parts:  # else somebody's own folder
+            with contextlib.suppress(OSError):
+                empty.rmdir()
 
 
 def how_to_resume(folder: Path) -> str:
@@ -228,10 +232,10 @@ def in_place(arguments: list[str]) -> list[str]:
     Raises:
         UserError: there is no run in DIR.
     """
-    given = [argument for argument in arguments if argument.startswith("resume=")]
+    given = [argument for argument in arguments if argument.lstrip("+").startswith("resume=")]
     if not given:
         return arguments
-    path = given[-1].removeprefix("resume=").strip("'\"")
+    path = given[-1].lstrip("+").removeprefix("resume=").strip("'\"")
     folder = Path(path).expanduser().absolute()
     if not (folder / ".hydra" / "config.yaml").is_file():
         raise UserError(
@@ -273,6 +277,10 @@ def main() -> None:
         exit_codes.append(fail(f"{error}; give another hydra.run.dir", 2))
     except Stopped as stopped:
         exit_codes.append(fail("stopped", 128 + stopped.signal))
+    except Exception as error:
+        if composed:
+            raise
+        exit_codes.append(fail(config.explain(error), 2))  # Hydra's parsers raise many kinds
     sys.exit(max(exit_codes, default=0))
 
 

@@ -23,6 +23,7 @@ from omegaconf.errors import (
 
 from femfed import UserError
 
+MOST = 1_000_000  # of anything that is counted: beyond, it is a slip of the keyboard
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
@@ -38,8 +39,8 @@ def _key(
 class LocalConfig:
     """How a client trains."""
 
-    epochs: int = _key("passes over a client's images each round", 1)
-    batch_size: int = _key("images a step; the last short batch is trained on too", 1)
+    epochs: int = _key("passes over a client's images each round", 1, MOST)
+    batch_size: int = _key("images a step; the last short batch is trained on too", 1, MOST)
     learning_rate: float = _key("client learning rate of SGD", 0)
     momentum: float = _key("client momentum, starts at zero every round", 0, 1, below=True)
     weight_decay: float = _key("client weight decay", 0)
@@ -84,9 +85,9 @@ class Config:
     model: Any = MISSING
     strategy: Any = MISSING
     engine: EngineConfig = field(default_factory=EngineConfig)
-    clients: int = _key("writers in the federation", 1)
-    clients_per_round: int = _key("writers in a cohort", 1)
-    rounds: int = _key("rounds to run", 1)
+    clients: int = _key("writers in the federation", 1, MOST)
+    clients_per_round: int = _key("writers in a cohort", 1, MOST)
+    rounds: int = _key("rounds to run", 1, MOST)
     failure_rate: float = _key(
         "probability that a drawn client does not complete a round", 0, 1, below=True
     )
@@ -252,6 +253,8 @@ def make(node: DictConfig, group: str) -> Any:
         fields = OmegaConf.to_container(OmegaConf.merge(schema, given), throw_on_missing=True)
     except ValidationError as error:
         raise UserError(f"{group}.{explain(error)}") from None
+    except OverflowError as error:
+        raise UserError(f"{group}: {error}; expected numbers of a sensible size") from None
     except MissingMandatoryValue as error:
         raise UserError(f"{group}.{error.full_key} has no value; expected one") from None
     assert isinstance(fields, dict)  # a dataclass's

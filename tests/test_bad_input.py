@@ -59,6 +59,10 @@ COMMANDS = {
     "dataset=mnist": ["dataset=mnist", "glyphs", "leaf"],
     "rounds=0": ["rounds=0", "at least 1"],
     "rounds=-1": ["rounds=-1", "at least 1"],
+    "model=null": ["Config group override must be a string"],
+    "seed=${nowhere}": ["nowhere"],
+    "local.batch_size=1000000000000": ["local.batch_size", "at most"],
+    "strategy=fedprox strategy.proximal_mu=" + 400 * "9": ["strategy"],
     "rounds=many": ["rounds", "many", "Integer"],
     "rounds=2.5": ["rounds", "2.5"],
     "rounds=null": ["rounds"],
@@ -116,6 +120,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) ->
     paths = [f"cache={tmp_path}/cache", f"hydra.run.dir={tmp_path}/run"]
     monkeypatch.setattr(sys, "argv", ["simulate.py", *overrides, *paths])
     monkeypatch.setattr(simulate, "exit_codes", [])
+    monkeypatch.setattr(simulate, "composed", [])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     monkeypatch.setattr(os, "dup2", lambda *_: None)  # pytest holds the descriptors
     stderr = io.StringIO()

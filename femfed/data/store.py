@@ -27,11 +27,15 @@ from femfed.seeds import generator
 
 CLASSES = 62
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-FORMAT = 2  # raise it when the files of a store change their meaning: older stores are then remade
+FORMAT = 3  # raise it when the files of a store change their meaning: older stores are then remade
 
 Bytes = NDArray[np.uint8]
 Rows = NDArray[np.int32]
 OnWriter = Callable[[int], None]
+
+
+class DamagedStoreError(ValueError):
+    """A store is not what was written; it is made again from its source."""
 
 
 @dataclass(frozen=True)
@@ -156,14 +160,34 @@ class WriterStore:
 
     @classmethod
     def open(cls, folder: Path) -> "WriterStore":
-        """Map the store or view in `folder`; nothing is read but its index."""
+        """Map the store or view in `folder`; all of it but the images is checked.
+
+        Raises:
+            DamagedStoreError: it is not what was written.
+        """
+        try:
+            return cls._open(folder)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise DamagedStoreError(f"dataset store {folder} is damaged: {error}") from error
+
+    @classmethod
+    def _open(cls, folder: Path) -> "WriterStore":
         index = json.loads((folder / "index.json").read_bytes())
+        if index.pop("sha256") != _sha256(json.dumps(index).encode()):
+            raise ValueError("index.json has changed")
         offsets = np.concatenate([[0], np.cumsum(index["examples"], dtype=np.int64)])
         n, files, rows = int(offsets[-1]), folder, None
         if "view_of" in index:
             rows = np.memmap(folder / "rows.i32", np.int32, "r", shape=(n,))
+            if index["rows_sha256"] != _sha256(rows.data):
+                raise ValueError("rows.i32 has changed")
             files = folder.parent / index["view_of"]
             n = (files / "labels.u8").stat().st_size
+        labels = np.memmap(files / "labels.u8", np.uint8, "r", shape=(n,))
+        if (files / "images.u8").stat().st_size != 784 * n:
+            raise ValueError(f"images.u8 has not the size of {n} images")
+        if rows is None and index["labels_sha256"] != _sha256(labels.data):
+            raise ValueError("labels.u8 has changed")
         return cls(
             folder=folder,
             names=tuple(index["names"]),
@@ -174,7 +198,7 @@ class WriterStore:
             apart=np.asarray(index["apart"], np.bool_),
             rows=rows,
             images=np.memmap(files / "images.u8", np.uint8, "r", shape=(n, 28, 28)),
-            labels=np.memmap(files / "labels.u8", np.uint8, "r", shape=(n,)),
+            labels=labels,
             skipped_writers=index["skipped_writers"],
         )
 
@@ -265,7 +289,8 @@ def viewed(parent: WriterStore, key: dict[str, Any], regroup: Callable[[], View]
             file.write(np.ascontiguousarray(rows, np.int32).data)
             file.flush()
             os.fsync(file.fileno())
-        _write_index(folder, columns, parent.skipped_writers, view_of=store.name)
+        check = _sha256(np.ascontiguousarray(rows, np.int32).data)
+        _write_index(folder, columns, parent.skipped_writers, view_of=store.name, rows_sha256=check)
 
     store = Path(str(parent.images.filename)).parent  # type: ignore[attr-defined]
     source = {"view_of": parent.folder.name, **key}
@@ -278,6 +303,11 @@ def _made(
     """Open the store of `source` below `cache`, made first by `write` if it is not there."""
     key = json.dumps({"format": FORMAT, **source}, sort_keys=True)
     folder = cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if (folder / "index.json").exists():
+        try:
+            return WriterStore.open(folder)
+        except DamagedStoreError:
+            shutil.rmtree(folder, ignore_errors=True)
     if not (folder / "index.json").exists():
         try:
             cache.mkdir(parents=True, exist_ok=True)
@@ -322,11 +352,17 @@ def _write(folder: Path, writers: Iterable[Handwriting], on_writer: OnWriter | N
             os.fsync(file.fileno())
     if not columns.names:
         raise UserError(f"the dataset has no images ({skipped} writers, all of them empty)")
-    _write_index(folder, columns, skipped)
+    check = _sha256((folder / "labels.u8").read_bytes())
+    _write_index(folder, columns, skipped, labels_sha256=check)
+
+
+def _sha256(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _write_index(folder: Path, columns: Columns, skipped_writers: int, **more: str) -> None:
     index = {**vars(columns), "skipped_writers": skipped_writers, **more}
+    index["sha256"] = _sha256(json.dumps(index).encode())
     (folder / "index.json").write_text(json.dumps(index))
 
 
