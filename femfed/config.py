@@ -254,7 +254,8 @@ def make(node: DictConfig, group: str) -> Any:
     except ValidationError as error:
         raise UserError(f"{group}.{explain(error)}") from None
     except OverflowError as error:
-        raise UserError(f"{group}: {error}; expected numbers of a sensible size") from None
+        said = str(error).splitlines()[0]
+        raise UserError(f"{group}: {said}; expected numbers of a sensible size") from None
     except MissingMandatoryValue as error:
         raise UserError(f"{group}.{error.full_key} has no value; expected one") from None
     assert isinstance(fields, dict)  # a dataclass's
