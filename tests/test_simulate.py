@@ -154,7 +154,6 @@ def test_a_folder_that_holds_a_run_is_left_alone(finished) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_the_run_and_leaves_nothing_behind(tmp_path, number, code) -> None:
-    shared = set(Path("/dev/shm").glob("femfed-*"))
     command = [
         sys.executable,
         str(ROOT / "simulate.py"),
@@ -172,14 +171,16 @@ def test_a_signal_stops_the_run_and_leaves_nothing_behind(tmp_path, number, code
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.1)
-        listening = listeners(process.pid)
+        listening, shared = listeners(process.pid), shared_by(process.pid)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == code
     assert b"Traceback" not in stderr
     assert listening  # Ray's servers
     assert set(listening) <= LOOPBACK
-    assert set(Path("/dev/shm").glob("femfed-*")) == shared
+    assert shared
+    assert not any(path.exists() for path in shared)
+    assert b"python simulate.py resume=" in stderr
     orphans = subprocess.run(["pgrep", "-f", f"{tmp_path}"], capture_output=True, text=True)
     assert orphans.stdout == ""
 
@@ -229,6 +230,12 @@ def family(pid: int) -> dict[int, str]:
 def children_named(pid: int, prefix: str) -> list[int]:
     """Return the processes below `pid` whose command line begins with `prefix`."""
     return sorted(child for child, line in family(pid).items() if line.startswith(prefix))
+
+
+def shared_by(pid: int) -> set[Path]:
+    """Return what a run has in shared memory, by the files it holds open."""
+    links = [path.readlink() for path in Path(f"/proc/{pid}/fd").glob("*") if path.is_symlink()]
+    return {path.parent for path in links if path.parts[1:3] == ("dev", "shm")}
 
 
 def listeners(pid: int) -> list[str]:
