@@ -23,7 +23,7 @@ def main() -> None:
     """Run 51 rounds of 10 clients and print the memory of all processes at two of them."""
     model = sys.argv[1] if len(sys.argv) > 1 else "cnn"
     found: dict[int, tuple[float, float]] = {}
-    with temporary_cache() as folder, RayEngine(CORES, by_value=False) as engine:
+    with temporary_cache() as folder, RayEngine(CORES, False, MODELS[model].parameters) as engine:
         store = equal_writers(Path(folder), 10)
         work = job(store, MODELS[model], 10, LAST + 1)
 

@@ -40,7 +40,7 @@ def measure(
     seconds: list[float] = []
     bare: list[float] = []
 
-    with floor(work) as floor_round, RayEngine(CORES, by_value=False) as engine:
+    with floor(work) as floor_round, RayEngine(CORES, False, MODELS[model].parameters) as engine:
 
         def on_round(finished: Round) -> None:
             if WARM_UP < finished.number <= WARM_UP + rounds:
