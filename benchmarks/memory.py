@@ -3,10 +3,12 @@
 python -m benchmarks.memory [MODEL]
 """
 
+import os
 import sys
 from pathlib import Path
 
 from benchmarks.bench import CORES, MODELS, equal_writers, job, run, temporary_cache
+from benchmarks.faults import family
 from femfed.engine.ray import RayEngine
 from femfed.engine.rounds import Round
 
@@ -29,11 +31,11 @@ def main() -> None:
 
         def on_round(finished: Round) -> None:
             if finished.number in (FIRST, LAST):
-                workers = sum(resident(pid) for pid in federation.pids)
+                lines = family(os.getpid()).items()
+                workers = sum(resident(pid) for pid, line in lines if "ray::ClientApp" in line)
                 found[finished.number] = (resident("self"), workers)
 
-        federation = run(work, on_round)
-        engine.run(federation, Path(folder))
+        engine.run(run(work, on_round), Path(folder))
     for name, before, after in zip(("driver", "workers"), found[FIRST], found[LAST], strict=True):
         growth = 100 * (after / before - 1)
         print(
