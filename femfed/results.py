@@ -104,10 +104,10 @@ class Results:
         self._last = finished
         self._seconds["train"] += finished.seconds_train
         self._seconds["evaluate"] += finished.seconds_evaluate
-        clients = client_rows(finished, self._federation, self._store)
+        line, clients = row(finished), client_rows(finished, self._federation, self._store)
         self._files.append_clients(clients)
-        self._files.append_round(row(finished))
-        self._events.append_round(row(finished))
+        self._files.append_round(line)
+        self._events.append_round(line)
         if finished.number % self._checkpoint_every == 0 or finished.is_last:
             about = {"dataset": self._store.folder.name, **self._versions}
             folder = self._folder / "checkpoint"
@@ -116,7 +116,7 @@ class Results:
                 checkpoint.Checkpoint(finished.number, finished.weights, finished.state, about),
             )
             self._memories.prune(checkpoint.rounds(folder)[0])
-        self._progress.round(row(finished), clients)
+        self._progress.round(line, clients)
 
     def finish(
         self, title: str, about: dict[str, Any], weights: list[Any], workers_peak: int
