@@ -240,6 +240,10 @@ def make(node: DictConfig, group: str) -> Any:
         if not module.startswith("femfed."):
             raise ImportError
         made = getattr(importlib.import_module(module), name)
+        if not (isinstance(made, type) and dataclasses.is_dataclass(made)):
+            raise ImportError
+        if made.__module__ != module:  # imported there from elsewhere
+            raise ImportError
     except (ImportError, AttributeError):
         raise UserError(
             f"{group}._target_={target}; expected a dataclass of femfed, as in conf/{group}/*.yaml"

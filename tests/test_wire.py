@@ -1,6 +1,7 @@
 """The wire: what may be built from a message, how cohorts are cut, by reference as by value."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -136,6 +137,46 @@ def test_the_number_of_bundles_depends_on_no_size() -> None:
     sizes = np.random.default_rng(0).integers(1, 300, 100)
 
     assert [len(b) for b in cut(sizes, 4, None)] == [len(b) for b in cut(np.ones(100), 4, None)]
+
+
+# turns
+
+
+def test_no_two_workers_take_the_same_client(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path, PARAMETERS)
+    for _ in range(2):  # the turns of one phase after those of another
+        content, turns = outbox.publish(np.zeros(PARAMETERS, np.float32)), outbox.start_turns()
+        inboxes = [Inbox(PARAMETERS) for _ in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            some = [pool.submit(list, each.places(content, turns, 500)) for each in inboxes]
+            taken = [each.result() for each in some]
+        assert sorted(chain.from_iterable(taken)) == list(range(500))
+        assert all(list(np.sort(each)) == each for each in taken)
+        assert outbox.turns_taken() == 508
+
+
+def test_turns_end_when_one_says_so(tmp_path: Path) -> None:
+    outbox, inbox = Outbox(tmp_path, PARAMETERS), Inbox(PARAMETERS)
+    content, turns = outbox.publish(np.zeros(PARAMETERS, np.float32)), outbox.start_turns()
+    places = inbox.places(content, turns, 10)
+    assert next(places) == 0
+    Inbox(PARAMETERS).end_turns(content, turns)
+    assert list(places) == []
+    turns = outbox.start_turns()
+    outbox.end_turns()
+    assert list(inbox.places(content, turns, 10)) == []
+
+
+def test_who_is_left_of_an_engine_takes_no_turn_of_the_next(tmp_path: Path) -> None:
+    old, new = Outbox(tmp_path, PARAMETERS), Outbox(tmp_path, PARAMETERS)
+    content = new.publish(np.zeros(PARAMETERS, np.float32))
+    before, after = old.start_turns(), new.start_turns()
+    assert len(list(Inbox(PARAMETERS).places(content, before, 10))) == 10
+    assert list(Inbox(PARAMETERS).places(content, after, 10)) == list(range(10))
+
+
+def test_without_turns_all_of_a_message_is_the_workers_own() -> None:
+    assert list(Inbox(PARAMETERS).places(RecordDict(), "", 3)) == [0, 1, 2]
 
 
 # weights and updates, by reference and by value

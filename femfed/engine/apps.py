@@ -87,7 +87,8 @@ class Worker:
         sends, receives = 1 + self.strategy.sends_extra, 1 + len(self.strategy.broadcasts)
         self.inbox = Inbox(self.training.parameters, sends, receives)
         self.memories = Memories(Path(parts["memory"]))
-        self._loaded = self._folded = ""
+        self.folded = ""  # the attempt at a round that this worker's sum is of
+        self._loaded = ""
 
     def writer(self, index: int) -> Writer:
         """Return writer `index` of the store, split as the run splits it."""
@@ -110,11 +111,6 @@ class Worker:
         if version != self._loaded:
             self.training.load(self.inbox.weights(content))
             self._loaded = version
-
-    def begins(self, attempt: str) -> bool:
-        """Whether this worker folds its first client of this attempt at this round."""
-        first, self._folded = attempt != self._folded, attempt
-        return first
 
 
 @functools.lru_cache(maxsize=1)
@@ -140,15 +136,16 @@ def train(message: Message, context: Context) -> Message:
     training = worker.training
     worker.load(message.content, task["version"])
     total, lives_on = worker.inbox.sum(message.content)
-    fresh = worker.begins(task["attempt"]) or not lives_on
+    fresh = worker.folded != task["attempt"] or not lives_on
     outcomes: list[Outcome] = []
     seconds: list[float] = []
     largest = 0.0
-    bundle, strategy = task["clients"], worker.strategy
+    clients, strategy = task["clients"], worker.strategy
     updates = [] if strategy.averages else worker.inbox.updates(message.content, task["slots"])
     places: list[int] = []  # of the clients that complete the round
     dropped: list[str] = []
-    for place, (client, version) in enumerate(zip(bundle, task["versions"], strict=True)):
+    for place in worker.inbox.places(message.content, task["turns"], len(clients)):
+        client, version = clients[place], task["versions"][place]
         start = time.perf_counter()
         worker.inbox.note(message.content, client)
         if strategy.pools:
@@ -164,13 +161,15 @@ def train(message: Message, context: Context) -> Message:
                 weight = strategy.weight(outcome, task["most_steps"])
                 if task["drop"]:
                     training.check(weight)
-                largest += training.fold(weight, total, first=fresh and not outcomes)
+                largest += training.fold(weight, total, first=fresh)
+                fresh, worker.folded = False, task["attempt"]
             else:
                 training.delta(updates[place])
             if strategy.remembers:
                 worker.memories.keep(client, task["round"], training.memory())
         except Exception as error:
             if not task["drop"]:
+                worker.inbox.end_turns(message.content, task["turns"])
                 return _failed(message, writer, client, error)
             dropped.append(_named(writer, client, error))
             continue
@@ -178,12 +177,11 @@ def train(message: Message, context: Context) -> Message:
         outcomes.append(outcome)
         seconds.append(time.perf_counter() - start)
     worker.inbox.note(message.content, NOBODY)
-    if fresh and not outcomes:
-        total[:] = 0.0
     about = {"places": places, "dropped": dropped, "seconds": seconds, "largest": largest}
     reply = _reply(message, context, {**_columns(outcomes), **about})
     if strategy.averages:
-        worker.inbox.put_sum(reply.content, total, lives_on=lives_on)
+        if not fresh:
+            worker.inbox.put_sum(reply.content, total, lives_on=lives_on)
     else:
         worker.inbox.put_updates(message.content, reply.content, updates)
     worker.inbox.ring(message.content)
@@ -198,10 +196,11 @@ def evaluate(message: Message, context: Context) -> Message:
     worker.load(message.content, task["version"])
     strategy, training = worker.strategy, worker.training
     outcomes: list[Outcome] = []
-    for index, client, version in zip(
-        task["writers"], task["clients"], task["versions"], strict=True
-    ):
+    places: list[int] = []
+    for place in worker.inbox.places(message.content, task["turns"], len(task["writers"])):
+        index, client, version = (task[name][place] for name in ("writers", "clients", "versions"))
         writer = worker.writer(index)
+        places.append(place)
         if strategy.tuning_steps or (strategy.personalises and version):
             if strategy.remembers:
                 training.load_memory(worker.memories.recall(client, version))
@@ -211,7 +210,7 @@ def evaluate(message: Message, context: Context) -> Message:
         rows = np.arange(len(writer.labels), dtype=np.int32) if unseen else writer.test
         outcomes.append(training.evaluate(writer, rows))
     worker.inbox.ring(message.content)
-    return _reply(message, context, _columns(outcomes))
+    return _reply(message, context, {**_columns(outcomes), "places": places})
 
 
 def _reply(message: Message, context: Context, columns: dict[str, Any]) -> Message:
@@ -222,7 +221,8 @@ def _reply(message: Message, context: Context, columns: dict[str, Any]) -> Messa
 
 def _failed(message: Message, writer: Writer, client: int, error: Exception) -> Message:
     trace = "" if isinstance(error, DivergedError | OSError) else traceback.format_exc()
-    failure = ConfigRecord({"error": _named(writer, client, error), "trace": trace})
+    about = {"error": _named(writer, client, error), "trace": trace}
+    failure = ConfigRecord({**about, "is_os_error": isinstance(error, OSError)})
     return Message(RecordDict({"failure": failure}), reply_to=message)
 
 
@@ -257,7 +257,8 @@ class Job:
         store: their images.
         test_fraction: share of a writer's images held out where the source publishes no split.
         workers: worker processes.
-        bundle: clients a message; None cuts the cohort by the number of workers.
+        bundle: clients a message; None lets the workers take turns, or, by value, cuts the cohort
+            by their number.
         by_value: send weights and updates inside the messages instead of through shared files.
         memory: folder of what clients remember from round to round.
         drop: leave a client whose training fails out of its round instead of ending the run.
@@ -300,6 +301,11 @@ class Job:
         )
 
     @property
+    def takes_turns(self) -> bool:
+        """Whether each worker gets one message a round and takes client by client from all."""
+        return self.bundle is None and not self.by_value
+
+    @property
     def evaluated(self) -> Writers:
         """Every writer that is evaluated: the clients, then the unseen."""
         return np.concatenate([self.federation.clients, self.federation.unseen])
@@ -307,6 +313,8 @@ class Job:
     @functools.cached_property
     def nodes(self) -> int:
         """Flower nodes to register: as many as there are bundles at most, not writers."""
+        if self.takes_turns:
+            return self.workers
         train = len(cut(np.ones(self.schedule.clients_per_round), self.workers, self.bundle))
         return max(train, len(cut(np.ones(len(self.evaluated)), self.workers, None)))
 
@@ -402,18 +410,19 @@ class GridWorkers:
             "drop": job.drop,
         }
         if job.strategy.pools:
-            bundles = [[0]]
+            bundles, turns = [[0]], ""
             batches = sum(-(-int(count) // job.local.batch_size) for count in examples)
             about["examples"] = job.local.epochs * batches * job.local.batch_size
-            everyone = {"clients": [0], "versions": [0], "slots": [0]}
+            everyone = {"turns": turns, "clients": [0], "versions": [0], "slots": [0]}
             everyone["writers"] = job.federation.clients.tolist()
             contents = [self._content(shared, **about, **everyone)]
         else:
-            bundles = cut(examples, job.workers, job.bundle)
+            bundles, turns = self._shared_out(examples, job.bundle)
             contents = [
                 self._content(
                     shared,
                     **about,
+                    turns=turns,
                     clients=cohort[bundle].tolist(),
                     versions=self._versions[cohort[bundle]].tolist(),
                     writers=writers[bundle].tolist(),
@@ -421,16 +430,16 @@ class GridWorkers:
                 )
                 for bundle in bundles
             ]
-        sizes = [len(bundle) for bundle in bundles]
-        replies = self._exchange(
-            "train",
-            contents,
-            lambda done: self._on_clients(sum(sizes[i] for i in done), len(cohort)),
-        )
-        completed = [
-            [bundle[place] for place in _outcome(reply)["places"]]
-            for bundle, reply in zip(bundles, replies, strict=True)
-        ]
+
+        def show(done: set[int]) -> None:
+            if turns:  # of those that were taken, each worker still at it has one before it
+                taken = min(self._outbox.turns_taken(), len(cohort))
+                self._on_clients(max(0, taken - len(bundles) + len(done)), len(cohort))
+            else:
+                self._on_clients(sum(len(bundles[place]) for place in done), len(cohort))
+
+        replies = self._exchange("train", contents, show)
+        completed = _completed(bundles, replies)
         outcomes = _in_order(completed, [_outcomes(reply) for reply in replies])
         seconds = _in_order(completed, [_outcome(reply)["seconds"] for reply in replies])
         for line in (line for reply in replies for line in _outcome(reply)["dropped"]):
@@ -479,11 +488,12 @@ class GridWorkers:
         numbers = np.where(unseen, -1, np.arange(len(writers)))
         versions = np.concatenate([self._versions, np.zeros(len(writers) - clients, np.int64)])
         held_out = np.where(unseen, 1.0, job.test_fraction)
-        bundles = cut(job.store.examples[writers] * held_out, job.workers, None)
+        bundles, turns = self._shared_out(job.store.examples[writers] * held_out, None)
         shared = self._publish(weights, state)
         contents = [
             self._content(
                 shared,
+                turns=turns,
                 writers=writers[bundle].tolist(),
                 clients=numbers[bundle].tolist(),
                 versions=versions[bundle].tolist(),
@@ -491,8 +501,18 @@ class GridWorkers:
             for bundle in bundles
         ]
         replies = self._exchange("evaluate", contents, lambda done: None)
-        outcomes = _in_order(bundles, [_outcomes(reply) for reply in replies])
+        outcomes = _in_order(_completed(bundles, replies), [_outcomes(reply) for reply in replies])
         return outcomes[:clients], outcomes[clients:]
+
+    def _shared_out(self, sizes: NDArray[Any], bundle: int | None) -> tuple[list[list[int]], str]:
+        """Return the places that each message is about, largest first, and the name of the turns.
+
+        Where workers take turns, each gets one message, and all messages are about all places.
+        """
+        job = self._job
+        if job.takes_turns:
+            return cut(sizes, 1, None) * job.workers, self._outbox.start_turns()
+        return cut(sizes, job.workers, bundle), ""
 
     def _publish(self, weights: Weights, state: State) -> RecordDict:
         if weights is not self._published:  # an evaluation and the next round share their weights
@@ -515,9 +535,14 @@ class GridWorkers:
         return nodes
 
     def _exchange(
-        self, kind: str, contents: list[RecordDict], on_done: Callable[[set[int]], None]
+        self, kind: str, contents: list[RecordDict], on_wait: Callable[[set[int]], None]
     ) -> list[RecordDict]:
         """Send content i to node i and return the replies in the same order.
+
+        Args:
+            kind: Flower's type of the messages.
+            contents: one a message.
+            on_wait: called with the places of the replies that are here, again and again.
 
         Raises:
             ClientError: a client failed.
@@ -526,7 +551,7 @@ class GridWorkers:
         """
         messages = [
             Message(content, dst_node_id=node, message_type=kind)
-            for content, node in zip(contents, self._nodes, strict=False)
+            for content, node in zip(contents, self._nodes[: len(contents)], strict=True)
         ]
         ringing = 0
         places = {name: place for place, name in enumerate(self._grid.push_messages(messages))}
@@ -538,10 +563,11 @@ class GridWorkers:
                 raise StoppedError
             for reply in arrived:
                 if reply.has_error():
+                    self._outbox.end_turns()
                     failed = reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
                     raise (ClientError if failed else LostWorkerError)(reply.error.reason)
                 replies[places[reply.metadata.reply_to_message_id]] = self._checked(reply.content)
-                on_done(set(replies))
+            on_wait(set(replies))
             ringing = max(0, ringing - len(arrived))
             if not arrived:
                 ringing += self._outbox.wait(POLL if ringing else PATIENCE)
@@ -550,6 +576,8 @@ class GridWorkers:
     def _checked(self, content: RecordDict) -> RecordDict:
         if "failure" in content.config_records:
             failure: dict[str, Any] = dict(content.config_records["failure"])
+            if failure["is_os_error"]:  # a full disk, say: not the client's doing
+                raise OSError(failure["error"])
             raise ClientError("\n".join(filter(None, [failure["error"], failure["trace"]])))
         outcome = _outcome(content)
         self._peaks[outcome["pid"]] = outcome["peak"]
@@ -679,6 +707,14 @@ def _in_order(bundles: list[list[int]], parts: Iterable[Sequence[T]]) -> list[T]
         for place, item in zip(bundle, part, strict=True)
     }
     return [items[place] for place in sorted(items)]
+
+
+def _completed(bundles: list[list[int]], replies: Iterable[RecordDict]) -> list[list[int]]:
+    """Return which places each reply is about."""
+    return [
+        [bundle[place] for place in _outcome(reply)["places"]]
+        for bundle, reply in zip(bundles, replies, strict=True)
+    ]
 
 
 def _outcome(reply: RecordDict) -> dict[str, Any]:

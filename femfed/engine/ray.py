@@ -1,7 +1,9 @@
 """Flower's Ray-backed simulation engine: the only file that touches `ray` or `flwr.simulation`."""
 
 import contextlib
+import functools
 import importlib
+import inspect
 import logging
 import os
 import shutil
@@ -9,7 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 RESTARTS = 3  # of the engine in a row without a finished round in between
 WORKER_MEMORY = 700 * 2**20  # bytes of a worker without a model: TensorFlow, Flower, Ray
 PARAMETER_MEMORY = 48  # bytes a weight: weights, global weights, gradients, sums, activations
+PREFIX = "femfed-ray-"  # of Ray's folder
+API_SERVER, PARAMETERS = "start_api_server", "RayParams"
 OBJECT_STORE = 128 * 2**20  # bytes; enough for messages that hold names and numbers
 
 
@@ -45,6 +49,7 @@ class RayEngine:
         self.workers = workers
         self._object_store = None if by_value else OBJECT_STORE
         self._cluster = contextlib.ExitStack()
+        self._temporary = Path()  # Ray's folder
 
     def __enter__(self) -> "RayEngine":
         # TensorFlow and Flower take seconds to import, Ray takes seconds to start: do both at once.
@@ -58,7 +63,7 @@ class RayEngine:
         self._cluster.close()
 
     def _start(self) -> None:
-        self._cluster.enter_context(_ray(self.workers, self._object_store))
+        self._temporary = self._cluster.enter_context(_ray(self.workers, self._object_store))
 
     def run(self, run: "Run", folder: Path) -> None:
         """Take `run` to its end.
@@ -74,7 +79,12 @@ class RayEngine:
         from femfed.engine.apps import LostWorkerError, StoppedError, shared_folder
 
         lost_at, losses = -1, 0
-        with shared_folder(run, folder) as shared, _stoppable(shared) as (stop, signals):
+        stop, signals = threading.Event(), list[int]()
+
+        def folders() -> list[Path]:
+            return [self._temporary, *([shared] if shared else [])]
+
+        with shared_folder(run, folder) as shared, _stoppable(stop, signals, folders):
             while not run.done:
                 try:
                     _simulate(run, shared, stop)
@@ -134,15 +144,17 @@ def _simulate(run: "Run", shared: Path | None, stop: threading.Event) -> None:
     from flwr.simulation import run_simulation
 
     from femfed.engine.apps import client_app, server_app
+    from femfed.engine.dispatch import prompt_dispatch
 
     failures: list[Exception] = []
     try:
-        run_simulation(
-            server_app=server_app(run, shared, stop, failures),
-            client_app=client_app,
-            num_supernodes=run.job.nodes,
-            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
-        )
+        with prompt_dispatch():
+            run_simulation(
+                server_app=server_app(run, shared, stop, failures),
+                client_app=client_app,
+                num_supernodes=run.job.nodes,
+                backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+            )
     except BaseException:
         stop.set()  # the engine itself failed: let the ServerApp's thread go
         raise
@@ -151,15 +163,19 @@ def _simulate(run: "Run", shared: Path | None, stop: threading.Event) -> None:
 
 
 @contextlib.contextmanager
-def _ray(workers: int, object_store: int | None) -> Iterator[None]:
-    """Start a Ray of our own: no other cluster joined, no dashboard, loopback only."""
+def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
+    """Start a Ray of our own: no other cluster joined, no dashboard, loopback only.
+
+    Yields the folder of its logs and sockets.
+    """
     # Read when ray is imported: it makes Ray take the loopback address as this node's, so that its
     # servers listen there and nowhere else (Ray resolves a loopback `_node_ip_address` away).
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.update(RAY_worker_niceness="0")  # Ray's 15 would let every other program go first
     import ray
 
-    temporary = tempfile.mkdtemp(prefix="femfed-ray-")
+    temporary = Path(tempfile.mkdtemp(prefix=PREFIX))
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     python_path = os.environ.get("PYTHONPATH")
     # Workers import femfed as this process does, wherever it is started from.
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -168,20 +184,28 @@ def _ray(workers: int, object_store: int | None) -> Iterator[None]:
     level = flower.level
     flower.setLevel(logging.CRITICAL + 1)
     try:
-        ray.init(
-            address="local",
-            num_cpus=workers,
-            num_gpus=0,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-            logging_level=logging.CRITICAL,
-            object_store_memory=object_store,
-            _temp_dir=temporary,
-        )
-        yield
+        try:
+            with _servers_only():
+                ray.init(
+                    address="local",
+                    num_cpus=workers,
+                    num_gpus=0,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    configure_logging=False,
+                    logging_level=logging.CRITICAL,
+                    object_store_memory=object_store,
+                    _temp_dir=str(temporary),
+                )
+        except SystemExit:  # what Ray makes of a SIGTERM while it starts
+            raise Stopped(signal.SIGTERM) from None
+        finally:
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in this place
+        yield temporary
     finally:
         ray.shutdown()
+        for pid in _descendants(temporary.name):  # of a start that was interrupted
+            _kill(pid)
         flower.setLevel(level)
         if python_path is None:
             del os.environ["PYTHONPATH"]
@@ -191,19 +215,53 @@ def _ray(workers: int, object_store: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stoppable(shared: Path | None) -> Iterator[tuple[threading.Event, list[int]]]:
+def _servers_only() -> Iterator[None]:
+    """Have `ray.init` start no more than Ray's two servers.
+
+    Without a dashboard, Ray still starts a process that reports its usage: told that it must not,
+    it reports that, and it asks the network which cloud this is. The two monitors of logs and of
+    clusters that grow are of no use on one machine. There is no public way to do without; where
+    another Ray has not what is replaced here, it starts as it does.
+    """
+    from ray._private import parameter, services
+
+    def no_api_server(*_: object, **__: object) -> tuple[None, None]:
+        return None, None  # what Ray itself makes of one that does not start
+
+    monitors = {"no_monitor": True, "include_log_monitor": False}
+    stock = (getattr(services, API_SERVER, None), getattr(parameter, PARAMETERS, None))
+    if stock[0] is not None:
+        setattr(services, API_SERVER, no_api_server)
+    if stock[1] is not None and set(monitors) <= set(inspect.signature(stock[1]).parameters):
+        setattr(parameter, PARAMETERS, functools.partial(stock[1], **monitors))
+    try:
+        yield
+    finally:
+        for module, name, value in zip(
+            (services, parameter), (API_SERVER, PARAMETERS), stock, strict=True
+        ):
+            if value is not None:
+                setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def _stoppable(
+    stop: threading.Event, signals: list[int], folders: Callable[[], list[Path]]
+) -> Iterator[None]:
     """Turn SIGINT and SIGTERM into an event the ServerApp sees; a second one ends at once.
 
-    Yields the event and the list that receives the signal's number.
+    Args:
+        stop: the event.
+        signals: receives the signal's number.
+        folders: returns what to remove before the end at once.
     """
-    stop, signals = threading.Event(), list[int]()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             for pid in _descendants(""):
                 _kill(pid)
-            if shared is not None:
-                shutil.rmtree(shared, ignore_errors=True)
+            for folder in folders():
+                shutil.rmtree(folder, ignore_errors=True)
             os._exit(128 + number)
         signals.append(number)
         stop.set()
@@ -213,7 +271,7 @@ def _stoppable(shared: Path | None) -> Iterator[tuple[threading.Event, list[int]
     handled = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, on_signal) for number in handled}
     try:
-        yield stop, signals
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -16,6 +16,7 @@ import select
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ PREFIX = "femfed-"
 BELL = "bell"  # named pipe that workers write a byte to when they are done
 AT = "at-"  # file in which a worker notes the client it trains; its process id follows
 NOBODY = -1
+TURNS = "turns-"  # file that counts the clients that workers have taken; a number follows
+ENDED = 2**62  # turns: more than any cohort has
 LOCK = "lock"  # file that a run keeps locked in its folder
 _CHUNK = 65_536  # numbers summed at a time: the temporaries stay in the core's second-level cache
 
@@ -114,6 +117,16 @@ def left_by_the_dead(folder: Path) -> list[int]:
     return [client for client in clients if client != NOBODY]
 
 
+def take_turn(path: Path) -> int:
+    """Return how many turns were taken before, and take one: no two processes get the same."""
+    with path.open("r+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed or the process dies
+        turn = int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        file.write((turn + 1).to_bytes(8, "little"))
+    return turn
+
+
 def mapped(path: Path, size: int, dtype: DTypeLike, *, create: bool = False) -> NDArray[Any]:
     """Map `size` numbers of a shared file; a file made here has its pages reserved.
 
@@ -151,6 +164,9 @@ class Outbox:
         self._files: dict[str, NDArray[Any]] = {}
         self._bell: int | None = None
         if folder is not None:
+            # A name of its own: whoever is left of an engine that was given up takes no turn here.
+            self._turns = folder / f"{TURNS}{len(list(folder.glob(f'{TURNS}*')))}"
+            self.start_turns()
             with contextlib.suppress(FileExistsError):  # of an engine that was started again
                 os.mkfifo(folder / BELL)
             self._bell = os.open(folder / BELL, os.O_RDWR | os.O_NONBLOCK)
@@ -164,6 +180,20 @@ class Outbox:
             return RecordDict({"weights": ArrayRecord([weights])})
         self._files["weights"][:] = weights
         return RecordDict({"folder": ConfigRecord({"path": str(self._folder)})})
+
+    def start_turns(self) -> str:
+        """Let the workers take turns from the first client on; return the name they need for it."""
+        self._turns.write_bytes(bytes(8))
+        return self._turns.name
+
+    def turns_taken(self) -> int:
+        """Return how many turns were taken; a worker that finds no client left takes one more."""
+        return int.from_bytes(self._turns.read_bytes(), "little")
+
+    def end_turns(self) -> None:
+        """Let no worker take another client."""
+        if self._folder is not None:
+            self._turns.write_bytes(ENDED.to_bytes(8, "little"))
 
     def reserve_updates(self, clients: int) -> None:
         """Make room for `clients` single updates, for strategies that do not average."""
@@ -206,8 +236,9 @@ class Outbox:
 
     def _sums(self, replies: list[RecordDict]) -> list[FloatSum]:
         if self._folder is None:
-            return [_only_array(reply, "total") for reply in replies]
-        names = sorted({str(reply.config_records["sum"]["file"]) for reply in replies})
+            return [_only_array(r, "total") for r in replies if "total" in r.array_records]
+        summed = [r.config_records["sum"] for r in replies if "sum" in r.config_records]
+        names = sorted({str(record["file"]) for record in summed})
         for name in names:
             if name not in self._files:
                 size = self._up * self._parameters
@@ -252,6 +283,23 @@ class Inbox:
         if "weights" in content.array_records:
             return np.empty(size), False
         return self._map(content, f"sum-{os.getpid()}", size, np.float64), True
+
+    def places(self, content: RecordDict, turns: str, count: int) -> Iterator[int]:
+        """Yield which of a message's `count` clients are this worker's to train.
+
+        With `turns`, all workers have the same clients before them, and each takes the next one
+        that nobody has taken; without, all clients of the message are its own.
+        """
+        if not turns:
+            yield from range(count)
+            return
+        while (place := take_turn(self._path(content, turns))) < count:
+            yield place
+
+    def end_turns(self, content: RecordDict, turns: str) -> None:
+        """Let no worker take another client."""
+        if turns:
+            self._path(content, turns).write_bytes(ENDED.to_bytes(8, "little"))
 
     def note(self, content: RecordDict, client: int) -> None:
         """Leave word of which client is being trained, in case this process does not survive it."""
