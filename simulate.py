@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -35,6 +35,8 @@ started = time.perf_counter()
 exit_codes: list[int] = []  # of the runs that failed
 finished: list[Path] = []  # folders of the runs that did not
 composed: list[DictConfig] = []  # configs that Hydra made without a complaint
+engines = contextlib.ExitStack()  # ends what a sweep's runs share
+kept: dict[tuple[Any, ...], Any] = {}  # the engine of a sweep's last run, by its settings
 
 config.register()
 
@@ -59,7 +61,8 @@ def simulate(cfg: DictConfig) -> None:
                     f"resume={folder} to go on with it"
                 )
             config.check(cfg)
-            run_one(cfg, folder, choices["strategy"], choices["model"])
+            sweep = hydra_config.mode is RunMode.MULTIRUN
+            run_one(cfg, folder, choices["strategy"], choices["model"], sweep)
         finished.append(folder)
     except (UserError, OmegaConfBaseException) as error:
         if ours:
@@ -73,14 +76,16 @@ def simulate(cfg: DictConfig) -> None:
     except Stopped as stopped:
         done = f"{len(finished)} runs done; " if hydra_config.mode is RunMode.MULTIRUN else ""
         fail(f"stopped; {done}{how_to_resume(folder)}", 0)
-        leave(128 + stopped.signal)
+        leave(stopped)
     except Exception:
         fail(how_to_resume(folder), 1)
         raise
     started = time.perf_counter()  # of a sweep's next run
 
 
-def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) -> None:
+def run_one(
+    cfg: DictConfig, folder: Path, strategy_name: str, model_name: str, sweep: bool
+) -> None:
     """Build what `cfg` describes, run it, and leave the results in `folder`."""
     from femfed.engine.federation import open_federation
     from femfed.engine.rounds import Schedule
@@ -97,6 +102,7 @@ def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) 
     with (
         noise_to(folder / "simulate.log") as stdout,
         Progress(cfg.rounds, title, stdout.isatty(), cfg.list_clients, stdout) as progress,
+        contextlib.ExitStack() as own,
     ):
         store, federation = open_federation(
             dataset,
@@ -112,8 +118,69 @@ def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) 
         begun = results.rewind(cfg.rounds)
         if cfg.resume is not None:
             progress.message(f"goes on from round {begun.round if begun else 0}")
-        by_value = cfg.engine.wire == "value"
-        workers = cfg.engine.workers or len(os.sched_getaffinity(0))
+        engine = engine_of(cfg, model, progress.status, engines if sweep else own)
+
+        from femfed.client import Local
+        from femfed.engine.apps import Job, Run
+
+        keras_model = model.build(cfg.seed)
+        weights = begun.weights if begun else keras_model.get_weights()
+        job = Job(
+            model=model,
+            strategy=strategy,
+            local=Local(**cfg.local),
+            schedule=Schedule(
+                seed=cfg.seed,
+                rounds=cfg.rounds,
+                clients=cfg.clients,
+                clients_per_round=cfg.clients_per_round,
+                failure_rate=cfg.failure_rate,
+                evaluate_every=cfg.evaluate.every,
+                stop_on_divergence=cfg.stop_on_divergence,
+            ),
+            federation=federation,
+            store=store,
+            test_fraction=cfg.evaluate.test_fraction,
+            workers=engine.workers,
+            bundle=cfg.engine.bundle,
+            by_value=cfg.engine.wire == "value",
+            memory=folder.absolute() / "memory",
+            drop=cfg.on_client_error == "drop",
+        )
+        run = Run(
+            job=job,
+            weights=weights,
+            state=begun.state if begun else strategy.init(weights),
+            finished=begun.round if begun else 0,
+            on_round=results.on_round,
+            on_clients=progress.clients_done,
+            on_status=progress.message,
+        )
+        engine.run(run, folder)
+        own.close()  # all processors for the model and the pictures
+        keras_model.set_weights(run.weights)
+        keras_model.save(folder / "model.keras")
+        results.finish(title, about, run.weights, run.peak_memory)
+    print(f"results in {os.path.relpath(folder)}")
+
+
+def engine_of(
+    cfg: DictConfig, model: Any, on_status: Callable[[str], None], until: contextlib.ExitStack
+) -> Any:
+    """Return the engine that `cfg` asks for, a sweep's last one if it is the same.
+
+    Args:
+        cfg: the config of the run.
+        model: its model.
+        on_status: told what is started.
+        until: ends the engine.
+    """
+    by_value = cfg.engine.wire == "value"
+    workers = cfg.engine.workers or len(os.sched_getaffinity(0))
+    settings = (cfg.engine.kind, workers, by_value, model.parameters)
+    if settings not in kept:
+        kept.clear()
+        until.close()
         if cfg.engine.kind == "inline":
             from femfed.engine.inline import InlineEngine
 
@@ -122,49 +189,12 @@ def run_one(cfg: DictConfig, folder: Path, strategy_name: str, model_name: str) 
             from femfed.engine.ray import RayEngine
 
             choice = RayEngine(workers, by_value, model.parameters)
-        progress.status(f"starting {choice.workers} workers")
-        with choice as engine:
-            from femfed.client import Local
-            from femfed.engine.apps import Job, Run
-
-            keras_model = model.build(cfg.seed)
-            weights = begun.weights if begun else keras_model.get_weights()
-            job = Job(
-                model=model,
-                strategy=strategy,
-                local=Local(**cfg.local),
-                schedule=Schedule(
-                    seed=cfg.seed,
-                    rounds=cfg.rounds,
-                    clients=cfg.clients,
-                    clients_per_round=cfg.clients_per_round,
-                    failure_rate=cfg.failure_rate,
-                    evaluate_every=cfg.evaluate.every,
-                    stop_on_divergence=cfg.stop_on_divergence,
-                ),
-                federation=federation,
-                store=store,
-                test_fraction=cfg.evaluate.test_fraction,
-                workers=engine.workers,
-                bundle=cfg.engine.bundle,
-                by_value=by_value,
-                memory=folder.absolute() / "memory",
-                drop=cfg.on_client_error == "drop",
-            )
-            run = Run(
-                job=job,
-                weights=weights,
-                state=begun.state if begun else strategy.init(weights),
-                finished=begun.round if begun else 0,
-                on_round=results.on_round,
-                on_clients=progress.clients_done,
-                on_status=progress.message,
-            )
-            engine.run(run, folder)
-        keras_model.set_weights(run.weights)
-        keras_model.save(folder / "model.keras")
-        results.finish(title, about, run.weights, run.peak_memory)
-    print(f"results in {os.path.relpath(folder)}")
+        on_status(f"starting {choice.workers} workers")
+        engine = until.enter_context(choice)
+        if until is not engines:
+            return engine
+        kept[settings] = engine
+    return kept[settings]
 
 
 @contextlib.contextmanager
@@ -226,11 +256,12 @@ def fail(message: str, code: int) -> int:
     return code
 
 
-def leave(code: int) -> None:
+def leave(stopped: Stopped) -> None:
     """End this process now: imports that other threads are at would take their seconds first."""
+    engines.__exit__(type(stopped), stopped, None)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(128 + stopped.signal)
 
 
 def in_place(arguments: list[str]) -> list[str]:
@@ -256,7 +287,9 @@ def in_place(arguments: list[str]) -> list[str]:
 
 
 def on_signal(number: int, frame: FrameType | None) -> None:
-    """Stop what has no handler of its own yet."""
+    """Stop what has no handler of its own yet; what it leaves is removed in peace."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Stopped(number)
 
 
@@ -283,11 +316,17 @@ def main() -> None:
     except OSError as error:  # of Hydra's, before there is a run
         exit_codes.append(fail(f"{error}; give another hydra.run.dir", 2))
     except Stopped as stopped:
-        leave(fail("stopped", 128 + stopped.signal))
+        fail("stopped", 0)
+        leave(stopped)
     except Exception as error:
         if composed:
             raise
         exit_codes.append(fail(config.explain(error), 2))  # Hydra's parsers raise many kinds
+    finally:
+        if kept:
+            with noise_to(Path(os.devnull)):
+                engines.close()
+            kept.clear()
     sys.exit(max(exit_codes, default=0))
 
 

@@ -180,12 +180,16 @@ class Started:
             time.sleep(0.01)
 
     def stop(self, *numbers: int, pause: float = 0.0) -> float:
-        """Send signals as a terminal does; return the seconds until the process is gone."""
+        """Send signals, return the seconds until the process is gone.
+
+        A terminal sends Ctrl-C to all processes of a run, `kill` a SIGTERM to one.
+        """
         self.shared = shared_files(self.process.pid)
         start = time.monotonic()
         for number in numbers:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
+                send = os.killpg if number == signal.SIGINT else os.kill
+                send(self.process.pid, number)
             time.sleep(pause)
         self.process.wait(timeout=LONG)
         return time.monotonic() - start
@@ -818,13 +822,13 @@ def test_an_address_of_ray_that_leads_nowhere_is_not_asked(
 
 def test_a_run_that_ends_takes_nothing_of_another(tmp_path: Path) -> None:
     """The folders that a run finds in shared memory: those of the dead go, those of others stay."""
-    from femfed.engine.wire import SharedFolder
+    from femfed.engine.wire import shared_folder
 
-    with SharedFolder(tmp_path, 1000) as ours, SharedFolder(tmp_path, 1000) as theirs:
+    with shared_folder(tmp_path, 1000) as ours, shared_folder(tmp_path, 1000) as theirs:
         abandoned = ours.path.parent / f"femfed-abandoned-{os.getpid()}"
         abandoned.mkdir()
         (abandoned / "lock").touch()
-        with SharedFolder(tmp_path, 1000):
+        with shared_folder(tmp_path, 1000):
             pass
         assert not abandoned.exists()
         assert ours.path.exists()

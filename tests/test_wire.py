@@ -16,10 +16,10 @@ from femfed.engine.apps import cut
 from femfed.engine.wire import (
     Inbox,
     Outbox,
-    SharedFolder,
     construct,
     describe,
     mapped,
+    shared_folder,
     to_json,
 )
 from femfed.models import CNN, Dense
@@ -61,7 +61,7 @@ def test_equal_parts_are_one_line() -> None:
         "collections.abc.Callable",
         "femfedx.Thing",
         "femfed.UserError",  # of the package, not of a module of it
-        "femfed.engine.wire.SharedFolder",  # a class, but no dataclass
+        "femfed.engine.folders.OwnedFolder",  # a class, but no dataclass
         "femfed.engine.wire.describe",  # a function
         "femfed.engine.wire.shutil",  # a module
         "femfed.models.CLASSES",  # a number
@@ -324,7 +324,7 @@ def fallback(tmp_path: Path) -> Path:
 
 
 def test_a_shared_folder_is_removed_afterwards(memory: Path, fallback: Path) -> None:
-    with SharedFolder(fallback, 100) as shared:
+    with shared_folder(fallback, 100) as shared:
         assert shared.path.parent == memory
         assert shared.path.name.startswith("femfed-")
         assert shared.path.stat().st_mode & 0o077 == 0  # nobody else's
@@ -334,7 +334,7 @@ def test_a_shared_folder_is_removed_afterwards(memory: Path, fallback: Path) -> 
 
 
 def test_a_shared_folder_is_removed_whatever_happens(memory: Path, fallback: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), SharedFolder(fallback, 100) as shared:
+    with pytest.raises(KeyboardInterrupt), shared_folder(fallback, 100) as shared:
         (shared.path / "weights").write_bytes(b"1234")
         raise KeyboardInterrupt
 
@@ -348,7 +348,7 @@ def test_without_shared_memory_the_run_folder_serves(
     if reason == "not there":
         monkeypatch.setattr("femfed.engine.wire.SHARED_MEMORY", memory / "not there")
 
-    with SharedFolder(fallback, 2**60 if reason == "too small" else 1) as shared:
+    with shared_folder(fallback, 2**60 if reason == "too small" else 1) as shared:
         assert shared.path.parent == fallback
 
     assert list(memory.iterdir()) == list(fallback.iterdir()) == []
@@ -362,7 +362,7 @@ def test_folders_that_nobody_locks_are_removed(memory: Path, fallback: Path) -> 
         (folder / "weights").write_bytes(b"1234")
     (left / "lock").touch()
 
-    with SharedFolder(fallback, 100) as live, SharedFolder(fallback, 100):
+    with shared_folder(fallback, 100) as live, shared_folder(fallback, 100):
         assert live.path.is_dir()
 
     assert sorted(path.name for path in memory.iterdir()) == ["femfed-no-lock", "other"]

@@ -6,6 +6,7 @@ to message only if it imported the module. A worker builds its model and traces 
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import resource
@@ -35,10 +36,10 @@ from femfed.engine.wire import (
     NOBODY,
     Inbox,
     Outbox,
-    SharedFolder,
     construct,
     describe,
     left_by_the_dead,
+    shared_folder,
     to_json,
 )
 from femfed.models import Model
@@ -113,9 +114,15 @@ class Worker:
             self._loaded = version
 
 
-@functools.lru_cache(maxsize=1)
+_workers: dict[str, Worker] = {}  # one at most: a process serves one run after the other
+
+
 def _worker(spec: str) -> Worker:
-    return Worker(spec)
+    if spec not in _workers:
+        _workers.clear()
+        gc.collect()  # the last run's model goes before the next one comes
+        _workers[spec] = Worker(spec)
+    return _workers[spec]
 
 
 client_app = ClientApp()
@@ -645,7 +652,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def shared_folder(run: Run, fallback: Path) -> Iterator[Path | None]:
+def travelling(run: Run, fallback: Path) -> Iterator[Path | None]:
     """Yield the folder for what travels by reference, None for a run that sends by value.
 
     Args:
@@ -655,48 +662,52 @@ def shared_folder(run: Run, fallback: Path) -> Iterator[Path | None]:
     if run.job.by_value:
         yield None
         return
-    with SharedFolder(fallback, run.shared_bytes) as shared:
+    with shared_folder(fallback, run.shared_bytes) as shared:
         yield shared.path
 
 
 def server_app(
-    run: Run, folder: Path | None, stop: threading.Event, failures: list[Exception]
+    runs: Iterable[tuple[Run, Path | None]],
+    stop: threading.Event,
+    on_end: Callable[[BaseException | None], None],
 ) -> ServerApp:
-    """Return the ServerApp that takes `run` from its last finished round to its end.
+    """Return the ServerApp that takes run after run from its last finished round to its end.
 
-    What goes wrong is put into `failures` rather than raised: Flower would print it first.
+    Args:
+        runs: each with the folder for what travels by reference.
+        stop: set by whoever wants a run to stop.
+        on_end: called after each, with what ended it early if anything did: Flower would print
+            what is raised. After an error no other run is taken.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        run.attempts += 1
-        try:
-            strategy, parameters = run.job.strategy, sum(layer.size for layer in run.weights)
-            with Outbox(
-                folder, parameters, 1 + strategy.sends_extra, 1 + len(strategy.broadcasts)
-            ) as outbox:
-                workers = GridWorkers(
-                    run.job, grid, outbox, stop, run.on_clients, run.on_status, run.attempts
-                )
-                workers.start(run.weights, run.finished)
-                rounds = run_rounds(
-                    run.job.schedule,
-                    run.job.strategy,
-                    workers,
-                    run.weights,
-                    run.state,
-                    run.finished,
-                )
-                for finished in rounds:
-                    run.weights, run.state = finished.weights, finished.state
-                    run.finished, run.peak_memory = finished.number, workers.peak_memory
-                    run.lost.clear()
-                    run.on_round(finished)
-        except Exception as error:
-            failures.append(error)
+        for run, folder in runs:
+            try:
+                _take_to_end(run, folder, grid, stop)
+            except Exception as error:
+                on_end(error)
+                return
+            on_end(None)
 
     return app
+
+
+def _take_to_end(run: Run, folder: Path | None, grid: Grid, stop: threading.Event) -> None:
+    run.attempts += 1
+    strategy, parameters = run.job.strategy, sum(layer.size for layer in run.weights)
+    with Outbox(folder, parameters, 1 + strategy.sends_extra, 1 + len(strategy.broadcasts)) as box:
+        workers = GridWorkers(run.job, grid, box, stop, run.on_clients, run.on_status, run.attempts)
+        workers.start(run.weights, run.finished)
+        rounds = run_rounds(
+            run.job.schedule, run.job.strategy, workers, run.weights, run.state, run.finished
+        )
+        for finished in rounds:
+            run.weights, run.state = finished.weights, finished.state
+            run.finished, run.peak_memory = finished.number, workers.peak_memory
+            run.lost.clear()
+            run.on_round(finished)
 
 
 def _in_order(bundles: list[list[int]], parts: Iterable[Sequence[T]]) -> list[T]:

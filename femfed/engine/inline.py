@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
-from femfed.engine.apps import Run, client_app, server_app, shared_folder
+from femfed.engine.apps import Run, client_app, server_app, travelling
 
 
 class InlineGrid(Grid):
@@ -101,13 +101,13 @@ class InlineEngine:
             run: what to run.
             folder: the run's folder, used where shared memory is absent.
         """
-        with shared_folder(run, folder) as shared:
-            failures: list[Exception] = []
-            app = server_app(run, shared, threading.Event(), failures)
+        with travelling(run, folder) as shared:
+            ends: list[BaseException | None] = []
+            app = server_app([(run, shared)], threading.Event(), ends.append)
             nothing = RecordDict()
             context = Context(run_id=1, node_id=0, node_config={}, state=nothing, run_config={})
             # Flower's own engines name the task before they call the ServerApp; messages ask for it
             TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
             app(grid=InlineGrid(run.job.nodes), context=context)
-            if failures:
-                raise failures[0]
+            if ends[0] is not None:
+                raise ends[0]

@@ -13,10 +13,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from femfed import Stopped, UserError
+from femfed.engine.folders import OwnedFolder
 
 if TYPE_CHECKING:
     from femfed.engine.apps import Run
@@ -25,6 +27,8 @@ RESTARTS = 3  # of the engine in a row without a finished round in between
 WORKER_MEMORY = 700 * 2**20  # bytes of a worker without a model: TensorFlow, Flower, Ray
 PARAMETER_MEMORY = 48  # bytes a weight: weights, global weights, gradients, sums, activations
 PREFIX = "femfed-ray-"  # of Ray's folder
+WORKERS = ("ray::", "default_worker.py")  # in the command line of a worker
+PATIENCE = 4  # seconds that a stopped run may write
 API_SERVER, PARAMETERS = "start_api_server", "RayParams"
 OBJECT_STORE = 128 * 2**20  # bytes; enough for messages that hold names and numbers
 
@@ -48,8 +52,9 @@ class RayEngine:
         _check_memory(workers, parameters)
         self.workers = workers
         self._object_store = None if by_value else OBJECT_STORE
-        self._cluster = contextlib.ExitStack()
-        self._temporary = Path()  # Ray's folder
+        self._ray = contextlib.ExitStack()
+        self._temporary: Path | None = None  # Ray's folder
+        self._flower: _Flower | None = None
 
     def __enter__(self) -> "RayEngine":
         # TensorFlow and Flower take seconds to import, Ray takes seconds to start: do both at once.
@@ -59,11 +64,11 @@ class RayEngine:
         imports.join()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._cluster.close()
-
-    def _start(self) -> None:
-        self._temporary = self._cluster.enter_context(_ray(self.workers, self._object_store))
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if kind is Stopped:
+            self._ray.__exit__(kind, *error)  # at once, whatever Flower is at
+        else:
+            self._end()
 
     def run(self, run: "Run", folder: Path) -> None:
         """Take `run` to its end.
@@ -76,34 +81,98 @@ class RayEngine:
             Stopped: SIGINT or SIGTERM asked the run to stop.
             LostWorkerError: workers were lost again and again without a finished round in between.
         """
-        from femfed.engine.apps import LostWorkerError, StoppedError, shared_folder
+        from femfed.engine.apps import LostWorkerError, travelling
 
         lost_at, losses = -1, 0
-        stop, signals = threading.Event(), list[int]()
-
-        def folders() -> list[Path]:
-            return [self._temporary, *([shared] if shared else [])]
-
-        with shared_folder(run, folder) as shared, _stoppable(stop, signals, folders):
+        with travelling(run, folder) as shared, _stoppable(lambda: [self._temporary, shared]):
             while not run.done:
                 try:
-                    _simulate(run, shared, stop)
-                except StoppedError:
-                    raise Stopped(signals[0]) from None
+                    self._serving(run.job.nodes).federate(run, shared)
                 except LostWorkerError as error:
                     run.blame(shared)
                     losses = losses + 1 if lost_at == run.finished else 1
                     lost_at = run.finished
+                    self._end()
                     if losses > RESTARTS:
                         raise
                     reason = str(error).splitlines()[0]
                     run.on_status(f"lost a worker, runs round {run.finished + 1} again ({reason})")
-                    self._cluster.close()
-                    self._start()
                 except Exception:
-                    if signals:  # what dying workers say is no news
-                        raise Stopped(signals[0]) from None
+                    self._end()  # who knows what its workers are at
                     raise
+
+    def _serving(self, nodes: int) -> "_Flower":
+        """Return Flower's engine with so many nodes, the last run's if it has as many."""
+        if self._flower is not None and self._flower.nodes != nodes:
+            self._end()
+        if self._flower is None:
+            self._start()
+            self._flower = _Flower(nodes)
+        return self._flower
+
+    def _start(self) -> None:
+        if self._temporary is None:
+            self._temporary = self._ray.enter_context(_ray(self.workers, self._object_store))
+
+    def _end(self) -> None:
+        if self._flower is not None:
+            self._flower.end()
+        self._flower = self._temporary = None
+        self._ray.close()
+
+
+class _Flower:
+    """Flower's engine in a thread of its own: it serves run after run, and Ray ends with it.
+
+    Args:
+        nodes: Flower nodes to register.
+    """
+
+    def __init__(self, nodes: int) -> None:
+        self.nodes = nodes
+        self._stop = threading.Event()
+        self._runs: SimpleQueue[tuple[Run, Path | None] | None] = SimpleQueue()
+        self._ends: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def federate(self, run: "Run", shared: Path | None) -> None:
+        """Take `run` to its end or to what keeps it from there, which is raised."""
+        self._runs.put((run, shared))
+        try:
+            error = self._ends.get()
+        except Stopped:
+            self._stop.set()
+            for pid in _descendants(*WORKERS):  # else one would wait for them
+                _kill(pid)
+            with contextlib.suppress(Empty):
+                self._ends.get(timeout=PATIENCE)  # a round that is finished is written
+            raise
+        if error is not None:
+            raise error
+
+    def end(self) -> None:
+        """End the engine, and Ray with it."""
+        self._runs.put(None)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        from flwr.simulation import run_simulation
+
+        from femfed.engine.apps import client_app, server_app
+        from femfed.engine.dispatch import prompt_dispatch
+
+        try:
+            with prompt_dispatch():
+                run_simulation(
+                    server_app=server_app(iter(self._runs.get, None), self._stop, self._ends.put),
+                    client_app=client_app,
+                    num_supernodes=self.nodes,
+                    backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+                )
+        except BaseException as error:
+            self._stop.set()  # the engine itself failed: let the ServerApp's thread go
+            self._ends.put(error)
 
 
 def _check_memory(workers: int, parameters: int) -> None:
@@ -139,29 +208,6 @@ def _import() -> None:
         importlib.import_module(module)
 
 
-def _simulate(run: "Run", shared: Path | None, stop: threading.Event) -> None:
-    """Run on Flower's engine until done, a loss or a stop; Flower ends Ray with it."""
-    from flwr.simulation import run_simulation
-
-    from femfed.engine.apps import client_app, server_app
-    from femfed.engine.dispatch import prompt_dispatch
-
-    failures: list[Exception] = []
-    try:
-        with prompt_dispatch():
-            run_simulation(
-                server_app=server_app(run, shared, stop, failures),
-                client_app=client_app,
-                num_supernodes=run.job.nodes,
-                backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
-            )
-    except BaseException:
-        stop.set()  # the engine itself failed: let the ServerApp's thread go
-        raise
-    if failures:
-        raise failures[0]
-
-
 @contextlib.contextmanager
 def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
     """Start a Ray of our own: no other cluster joined, no dashboard, loopback only.
@@ -174,8 +220,8 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
     os.environ.update(RAY_worker_niceness="0")  # Ray's 15 would let every other program go first
     import ray
 
-    temporary = Path(tempfile.mkdtemp(prefix=PREFIX))
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    owned = OwnedFolder(Path(tempfile.gettempdir()), PREFIX)
+    on_sigterm, stopped = signal.getsignal(signal.SIGTERM), False
     python_path = os.environ.get("PYTHONPATH")
     # Workers import femfed as this process does, wherever it is started from.
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -195,23 +241,26 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
                     configure_logging=False,
                     logging_level=logging.CRITICAL,
                     object_store_memory=object_store,
-                    _temp_dir=str(temporary),
+                    _temp_dir=str(owned.path),
                 )
         except SystemExit:  # what Ray makes of a SIGTERM while it starts
             raise Stopped(signal.SIGTERM) from None
         finally:
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in this place
-        yield temporary
+        yield owned.path
+    except Stopped:
+        stopped = True
+        raise
     finally:
-        ray.shutdown()
-        for pid in _descendants(temporary.name):  # of a start that was interrupted
-            _kill(pid)
+        if not stopped:  # else this process ends now, and Ray would take its seconds
+            ray.shutdown()
+        _remove(owned.path)
+        owned.__exit__()
         flower.setLevel(level)
         if python_path is None:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = python_path
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -245,36 +294,39 @@ def _servers_only() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stoppable(
-    stop: threading.Event, signals: list[int], folders: Callable[[], list[Path]]
-) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into an event the ServerApp sees; a second one ends at once.
+def _stoppable(folders: Callable[[], list[Path | None]]) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into `Stopped`; a second one ends the process at once.
 
     Args:
-        stop: the event.
-        signals: receives the signal's number.
         folders: returns what to remove before the end at once.
     """
+    signals: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            for pid in _descendants(""):
-                _kill(pid)
+        if signals:
             for folder in folders():
-                shutil.rmtree(folder, ignore_errors=True)
+                if folder is not None:
+                    _remove(folder)
             os._exit(128 + number)
         signals.append(number)
-        stop.set()
-        for pid in _descendants("ray::", "default_worker.py"):  # else a bundle would be waited for
-            _kill(pid)
+        raise Stopped(number)
 
     handled = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, on_signal) for number in handled}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not signals:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _remove(folder: Path) -> None:
+    """End what is left of Ray, whose processes know their folder by name, and remove a folder."""
+    for pid in _descendants(PREFIX, *WORKERS):
+        _kill(pid)
+    while folder.exists():  # as long as one of them dies, it may write
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _descendants(*parts: str) -> list[int]:

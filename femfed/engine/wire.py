@@ -14,7 +14,6 @@ import mmap
 import os
 import select
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import DTypeLike, NDArray
 
 from femfed import UserError
+from femfed.engine.folders import OwnedFolder
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "femfed-"
@@ -33,7 +33,6 @@ AT = "at-"  # file in which a worker notes the client it trains; its process id 
 NOBODY = -1
 TURNS = "turns-"  # file that counts the clients that workers have taken; a number follows
 ENDED = 2**62  # turns: more than any cohort has
-LOCK = "lock"  # file that a run keeps locked in its folder
 _CHUNK = 65_536  # numbers summed at a time: the temporaries stay in the core's second-level cache
 
 Vector = NDArray[np.float32]
@@ -71,40 +70,16 @@ def to_json(**parts: Any) -> str:
     return json.dumps(parts, sort_keys=True)
 
 
-class SharedFolder:
-    """The run's own folder for what travels by reference, removed at the end.
+def shared_folder(fallback: Path, size: int) -> OwnedFolder:
+    """Return the run's own folder for what travels by reference.
 
     Args:
-        fallback: folder to use where shared memory is absent or too small.
+        fallback: folder to make it in where shared memory is absent or too small.
         size: bytes that will be needed at most.
     """
-
-    def __init__(self, fallback: Path, size: int) -> None:
-        _remove_abandoned()
-        roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > size
-        place = SHARED_MEMORY if roomy and os.access(SHARED_MEMORY, os.W_OK) else fallback
-        hidden = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=place))
-        self._lock = (hidden / LOCK).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)  # before the folder has a name that others look for
-        self.path = hidden.rename(place / hidden.name.removeprefix("."))
-
-    def __enter__(self) -> "SharedFolder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._lock.close()
-
-
-def _remove_abandoned() -> None:
-    """Remove the folders of runs that were killed before they could: their locks are free."""
-    for folder in SHARED_MEMORY.glob(f"{PREFIX}*"):
-        try:
-            with (folder / LOCK).open("r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            continue  # held by a live run, or gone already
+    roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > size
+    usable = roomy and os.access(SHARED_MEMORY, os.W_OK)
+    return OwnedFolder(SHARED_MEMORY if usable else fallback, PREFIX)
 
 
 def left_by_the_dead(folder: Path) -> list[int]:

@@ -1,0 +1,39 @@
+"""Folders that do not outlive their process, however it ends."""
+
+import contextlib
+import fcntl
+import shutil
+import tempfile
+from pathlib import Path
+
+LOCK = "lock"  # file that a process keeps locked in its folder
+
+
+class OwnedFolder:
+    """A new folder of this process; those that dead processes left beside it are removed.
+
+    Args:
+        place: where to make it.
+        prefix: of its name, by which those of other processes are known.
+    """
+
+    def __init__(self, place: Path, prefix: str) -> None:
+        _remove_abandoned(place, prefix)
+        hidden = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=place))
+        self._lock = (hidden / LOCK).open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)  # before the folder has a name that others look for
+        self.path = hidden.rename(place / hidden.name.removeprefix("."))
+
+    def __enter__(self) -> "OwnedFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+
+def _remove_abandoned(place: Path, prefix: str) -> None:
+    for folder in place.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), (folder / LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if a live process holds it
+            shutil.rmtree(folder, ignore_errors=True)
