@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -30,17 +30,22 @@ EXAMPLES = 180  # images a client: nine batches of twenty
 CORES = len(os.sched_getaffinity(0))
 
 
-def equal_writers(cache: Path, writers: int) -> WriterStore:
-    """Return a store of writers with 180 images of noise each: the arithmetic is what is timed."""
+def equal_writers(cache: Path, writers: int, examples: int = EXAMPLES) -> WriterStore:
+    """Return a store of writers with as many images of noise: the arithmetic is what is timed."""
+    return noise_writers(cache, [examples] * writers)
+
+
+def noise_writers(cache: Path, sizes: Sequence[int]) -> WriterStore:
+    """Return a store of writers with these numbers of images of noise."""
 
     def noise() -> Iterator[Handwriting]:
         draw = np.random.default_rng(0)
-        for i in range(writers):
-            images = draw.integers(256, size=(EXAMPLES, 28, 28), dtype=np.uint8)
-            labels = draw.integers(62, size=EXAMPLES, dtype=np.uint8)
-            yield Handwriting(f"noise_{i}", i // 100, i % 100, images, labels, EXAMPLES)
+        for i, size in enumerate(sizes):
+            images = draw.integers(256, size=(size, 28, 28), dtype=np.uint8)
+            labels = draw.integers(62, size=size, dtype=np.uint8)
+            yield Handwriting(f"noise_{i}", i // 100, i % 100, images, labels, size)
 
-    return stored(cache, {"dataset": "noise", "writers": writers}, noise)
+    return stored(cache, {"dataset": "noise", "sizes": list(sizes)}, noise)
 
 
 def job(

@@ -3,6 +3,7 @@
     python -m benchmarks.overhead
     python -m benchmarks.overhead --models cnn --clients 10 --rounds 20
     python -m benchmarks.overhead --clients 10 --strategies all --quickstart-clients
+    python -m benchmarks.overhead --clients 1 2 5 10 30 100 300 1000
 
 Prints, per model, cohort and strategy, the medians of: floor (one single-threaded process per core,
 same clients, same compiled epoch, weighted deltas added up, no federation, whatever the strategy),
@@ -64,13 +65,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--clients", nargs="+", type=int, default=[10, 100])
     parser.add_argument("--strategies", nargs="+", default=["fedavg"], help="or: all")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="fewer for more than 100 clients")
     parser.add_argument("--quickstart-clients", nargs="*", type=int, default=[10])
     options = parser.parse_args()
     names = options.strategies
     if names == ["all"]:
         names = sorted(path.stem for path in (config.CONF / "strategy").glob("*.yaml"))
-    print(f"{CORES} cores, 180 images a client, batch 20, 1 epoch, {options.rounds} rounds each")
+    print(
+        f"{CORES} cores, 180 images a client, batch 20, 1 epoch, up to {options.rounds} rounds each"
+    )
     print(f"{'quickstart/round':>112}")
     print(
         "model      clients  strategy              floor s  round s  round/floor (min-max)"
@@ -78,8 +81,9 @@ def main() -> None:
     )
     for model, clients, name in itertools.product(options.models, options.clients, names):
         strategy = config.make(config.compose([f"strategy={name}"]).strategy, "strategy")
+        pairs = max(2, options.rounds * 100 // max(100, clients))
         with temporary_cache() as folder:
-            rounds, bare = measure(model, clients, strategy, options.rounds, Path(folder))
+            rounds, bare = measure(model, clients, strategy, pairs, Path(folder))
         ratios = np.array(rounds) / np.array(bare)
         line = (
             f"{model:<10} {clients:>7}  {name:<20}  {np.median(bare):>7.3f}  "

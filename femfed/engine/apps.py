@@ -146,7 +146,7 @@ def train(message: Message, context: Context) -> Message:
     fresh = worker.folded != task["attempt"] or not lives_on
     outcomes: list[Outcome] = []
     seconds: list[float] = []
-    largest = 0.0
+    largest, began = 0.0, time.perf_counter()
     clients, strategy = task["clients"], worker.strategy
     updates = [] if strategy.averages else worker.inbox.updates(message.content, task["slots"])
     places: list[int] = []  # of the clients that complete the round
@@ -185,7 +185,7 @@ def train(message: Message, context: Context) -> Message:
         seconds.append(time.perf_counter() - start)
     worker.inbox.note(message.content, NOBODY)
     about = {"places": places, "dropped": dropped, "seconds": seconds, "largest": largest}
-    reply = _reply(message, context, {**_columns(outcomes), **about})
+    reply = _reply(message, context, {**_columns(outcomes), **about, "began": began})
     if strategy.averages:
         if not fresh:
             worker.inbox.put_sum(reply.content, total, lives_on=lives_on)

@@ -1,0 +1,178 @@
+"""Whether cost follows the work only: population, cohort, workers and length of a run.
+
+    python -m benchmarks.flat
+    python -m benchmarks.flat --parts population long --rounds 3
+
+- population: 100 to 3,597 writers at a cohort of 10, rounds in turn: seconds, memory of the driver.
+- cohort: 10 to 1,000 clients a round in turn: seconds a client, memory of all processes.
+- workers: 1 to as many as cores: the speed-up of a round of 100 beside that of the bare floor.
+- long: 1,500 rounds of 10 clients with 20 images each: the memory of all processes and the round's
+  seconds, the last hundred rounds against those after the first fifty.
+
+The model is the CNN with dropout; 180 images a client but for the last part.
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.bench import CORES, MODELS, equal_writers, floor, job, run, temporary_cache
+from benchmarks.faults import family
+from benchmarks.memory import resident
+from femfed.engine.federation import Federation
+from femfed.engine.ray import RayEngine
+from femfed.engine.rounds import Round
+
+MODEL = MODELS["cnn"]
+WRITERS = 3_597
+POPULATIONS = (100, 1_000, WRITERS)
+COHORTS = (10, 30, 100, 300, 1_000)
+LENGTH, WARM, LAST = 1_500, 50, 100
+
+
+def memory() -> tuple[float, float]:
+    """Return the resident memory of this process and of the workers in MiB."""
+    lines = family(os.getpid()).items()
+    return resident("self"), sum(resident(pid) for pid, line in lines if "ray::Client" in line)
+
+
+def rounds_of(
+    engine: RayEngine, folder: Path, writers: int, population: int, cohort: int, rounds: int
+) -> list[float]:
+    """Return the seconds of some rounds; the workers know the store from the last call."""
+    work = job(equal_writers(folder, writers), MODEL, cohort, rounds + 1)
+    work = replace(
+        work,
+        schedule=replace(work.schedule, clients=population),
+        federation=Federation(np.arange(population), np.zeros(0, np.int64)),
+    )
+    seconds: list[float] = []
+    engine.run(run(work, lambda finished: seconds.append(finished.seconds_train)), folder)
+    return seconds[1:]
+
+
+def in_turn(
+    sizes: tuple[int, ...], rounds: int, once: Callable[[int], list[float]], of: str
+) -> None:
+    """Measure all sizes in turn, again and again, and print each beside the first."""
+    seconds: dict[int, list[float]] = {size: [] for size in sizes}
+    memories: dict[int, tuple[float, float]] = {}
+    for size in sizes:
+        once(size)  # first touches of memory
+    for _ in range(rounds):
+        for size in sizes:
+            seconds[size] += once(size)
+            memories[size] = memory()
+    for size in sizes:
+        median = float(np.median(seconds[size]))
+        first = float(np.median(seconds[sizes[0]]))
+        driver, workers = memories[size]
+        print(
+            f"{of} {size:>5}: {median:8.3f} s a round  {median / first:7.3f} x {of} {sizes[0]}  "
+            f"driver {driver:7.1f} MiB, workers {workers:7.1f} MiB",
+            flush=True,
+        )
+
+
+def population(folder: Path, rounds: int) -> None:
+    """A cohort of 10 out of ever more writers."""
+    with RayEngine(CORES, False, MODEL.parameters) as engine:
+        in_turn(
+            POPULATIONS,
+            rounds,
+            lambda size: rounds_of(engine, folder, WRITERS, size, 10, 3),
+            "population",
+        )
+
+
+def cohort(folder: Path, rounds: int) -> None:
+    """Ever larger cohorts, down to seconds a client."""
+    seconds: dict[int, list[float]] = {size: [] for size in COHORTS}
+    with RayEngine(CORES, False, MODEL.parameters) as engine:
+        for _ in range(rounds):
+            for size in COHORTS:
+                count = max(1, 30 // size)
+                seconds[size] += rounds_of(engine, folder, max(COHORTS), max(COHORTS), size, count)
+                driver, workers = memory()
+                each = float(np.median(seconds[size])) / size
+                print(
+                    f"cohort {size:>5}: {1000 * each:7.2f} ms a client  "
+                    f"driver {driver:7.1f} MiB, workers {workers:7.1f} MiB",
+                    flush=True,
+                )
+
+
+def workers(folder: Path, rounds: int) -> None:
+    """From one worker to one a core, the floor beside it."""
+    first: dict[str, float] = {}
+    for count in range(1, CORES + 1):
+        work = job(equal_writers(folder, 100), MODEL, 100, rounds + 2, workers=count)
+        found: dict[str, list[float]] = {"round": [], "floor": []}
+        with floor(work) as floor_round, RayEngine(count, False, MODEL.parameters) as engine:
+
+            def on_round(
+                finished: Round,
+                found: dict[str, list[float]] = found,
+                floor_round: Callable[[], float] = floor_round,
+            ) -> None:
+                if not finished.is_last:
+                    found["round"].append(finished.seconds_train)
+                    found["floor"].append(floor_round())
+
+            engine.run(run(work, on_round), folder)
+        medians = {name: float(np.median(values[1:])) for name, values in found.items()}
+        first = first or medians
+        line = "  ".join(
+            f"{name} {value:7.3f} s, {first[name] / value:5.3f} x as fast as with one"
+            for name, value in medians.items()
+        )
+        print(f"workers {count}: {line}", flush=True)
+
+
+def long(folder: Path, _: int) -> None:
+    """As many rounds as the Adaptive Federated Optimization paper ran."""
+    work = job(equal_writers(folder, 10, examples=20), MODEL, 10, LENGTH + 1)
+    seconds: list[float] = []
+    memories: list[tuple[float, float]] = []
+    with RayEngine(CORES, False, MODEL.parameters) as engine:
+
+        def on_round(finished: Round) -> None:
+            seconds.append(finished.seconds_train)
+            if finished.number in (WARM, LENGTH):
+                memories.append(memory())
+
+        engine.run(run(work, on_round), folder)
+    early, late = seconds[WARM : WARM + LAST], seconds[LENGTH - LAST : LENGTH]
+    for name, before, after in zip(("driver", "workers"), *memories, strict=True):
+        growth = 100 * (after / before - 1)
+        print(
+            f"{name:<8} round {WARM}: {before:7.1f} MiB  round {LENGTH}: {after:7.1f} MiB", end=""
+        )
+        print(f"  {growth:+.2f} %")
+    before, after = float(np.median(early)), float(np.median(late))
+    print(
+        f"a round  after round {WARM}: {1000 * before:6.1f} ms  at the end: {1000 * after:.1f} ms  "
+        f"{100 * (after / before - 1):+.2f} %"
+    )
+
+
+PARTS = {each.__name__: each for each in (population, cohort, workers, long)}
+
+
+def main() -> None:
+    """Measure the parts asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each part")
+    options = parser.parse_args()
+    for name in options.parts:
+        with temporary_cache() as folder:
+            PARTS[name](Path(folder), options.rounds)
+
+
+if __name__ == "__main__":
+    main()
