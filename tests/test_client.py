@@ -382,7 +382,7 @@ def test_a_vector_and_its_layers() -> None:
 
 def test_weights_that_are_not_trained_are_refused() -> None:
     class Normalising:
-        def build(self, seed: int) -> keras.Model:
+        def build(self, seed: int, precision: str = "float32") -> keras.Sequential:
             layers = [keras.layers.Flatten(), keras.layers.BatchNormalization()]
             return keras.Sequential([keras.Input((28, 28, 1)), *layers, keras.layers.Dense(62)])
 
