@@ -447,7 +447,7 @@ class LocalTraining:
         """
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(self._weights)
-            logits, products = forward(self.model, pixels, dropouts, deferred)
+            logits, products = forward(self.model, pixels, dropouts, deferred, tape)
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
             loss = tf.reduce_mean(losses)
         outputs = [output for _, output in products]

@@ -157,6 +157,7 @@ def forward(
     pixels: tf.Tensor,
     dropouts: Dropouts | None,
     deferred: Sequence[tuple[Deferred, Kept]],
+    tape: tf.GradientTape,
 ) -> tuple[tf.Tensor, list[tuple[tf.Tensor, tf.Tensor]]]:
     """Return the logits, and inputs and outputs of the product of each deferred kernel.
 
@@ -165,6 +166,7 @@ def forward(
         pixels: `[n, 28, 28, 1]` in 0..1.
         dropouts: None drops nothing.
         deferred: kernels whose steps are deferred, in the order of the layers, and what they keep.
+        tape: to watch the outputs of their products, whose gradients are the slopes.
     """
     x, place = pixels, 0
     by_kernel = {id(each.kernel): (each, kept) for each, kept in deferred}
@@ -175,6 +177,7 @@ def forward(
             if id(layer.kernel.value) in by_kernel:
                 later, kept = by_kernel[id(layer.kernel.value)]
                 products.append((x, x := later.product(x, kept)))
+                tape.watch(x)
             else:
                 x = _product(x, tf.cast(layer.kernel.value, x.dtype))
             x = layer.activation(x + tf.cast(layer.bias.value, x.dtype))
