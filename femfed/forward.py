@@ -4,7 +4,7 @@ Three things differ from calling the model, none of them the mathematics:
 
 - A dense layer's gradient towards its input is a batched product, which oneDNN serves by kernels
   that take the transposed weights as they lie: 1.7 times as fast with twenty rows.
-- Dropout compares sixteen random bits with its rate, not the thirty-two of a uniform number.
+- Dropout compares eight or sixteen random bits with its rate, not a uniform number of thirty-two.
 - A large dense kernel is not rewritten at every step of plain SGD (`Deferred`).
 """
 
