@@ -41,12 +41,16 @@ def main() -> None:
     figure, panels = plt.subplots(1, count, figsize=(5 * count, 3.6), squeeze=False)
     for panel, sweep in zip(panels[0], options.sweeps, strict=True):
         title, found = curves(sweep)
-        for precision, colour in (("float32", "tab:blue"), ("bfloat16", "tab:orange")):
+        for precision, colour, line in (
+            ("float32", "tab:blue", "-"),
+            ("bfloat16", "tab:orange", "--"),
+        ):
             runs = np.array(found[precision])
             rounds = np.arange(1, runs.shape[1] + 1)
-            panel.plot(rounds, runs.mean(axis=0), color=colour, label=precision)
+            panel.plot(rounds, runs.mean(axis=0), line, color=colour, label=precision)
             panel.fill_between(rounds, runs.min(axis=0), runs.max(axis=0), color=colour, alpha=0.2)
         panel.set(title=title, xlabel="round", ylabel="accuracy on held-out images (%)")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.legend(title=f"mean and range of {len(runs)} seeds", loc="lower right")
     figure.tight_layout()
     figure.savefig(options.picture, dpi=110)
