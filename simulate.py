@@ -89,16 +89,19 @@ def run_one(
     """Build what `cfg` describes, run it, and leave the results in `folder`."""
     from femfed.engine.federation import open_federation
     from femfed.engine.rounds import Schedule
+    from femfed.models import check_precision
     from femfed.report.progress import Progress
     from femfed.results import Results
 
     dataset = config.make(cfg.dataset, "dataset")
     strategy = config.make(cfg.strategy, "strategy")
     model = config.make(cfg.model, "model")
+    check_precision(model, cfg.precision)
     title = f"{dataset.name}, {strategy_name}, {model_name}, {cfg.clients} clients, seed {cfg.seed}"
     about = {"dataset": dataset.name, "variant": dataset.variant, "partition": dataset.partition}
     about |= {"strategy": strategy_name, "model": model_name}
-    about |= {key: cfg[key] for key in ("clients", "clients_per_round", "rounds", "seed")}
+    settings = ("clients", "clients_per_round", "rounds", "seed", "precision")
+    about |= {key: cfg[key] for key in settings}
     with (
         noise_to(folder / "simulate.log") as stdout,
         Progress(cfg.rounds, title, stdout.isatty(), cfg.list_clients, stdout) as progress,
@@ -146,6 +149,7 @@ def run_one(
             by_value=cfg.engine.wire == "value",
             memory=folder.absolute() / "memory",
             drop=cfg.on_client_error == "drop",
+            precision=cfg.precision,
         )
         run = Run(
             job=job,

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
 from femfed import RunError, UserError
 from femfed.data.store import Rows, Writer
+from femfed.forward import Deferred, Dropouts, Kept, apply_gradient, drops, forward
 from femfed.models import Model
 from femfed.seeds import generator
 from femfed.strategies.base import Outcome, Strategy, Weights
@@ -94,11 +94,19 @@ class LocalTraining:
         strategy: corrects the gradients of every local step.
         local: epochs, batches and the optimizer.
         seed: seed of the run.
+        precision: `float32`, or `bfloat16` for activations and products.
     """
 
-    def __init__(self, model: Model, strategy: Strategy, local: Local, seed: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        strategy: Strategy,
+        local: Local,
+        seed: int,
+        precision: str = "float32",
+    ) -> None:
         self._strategy, self._local, self._seed = strategy, local, seed
-        self.model = model.build(seed)
+        self.model = model.build(seed, precision)
         self._weights = [variable.value for variable in self.model.trainable_variables]
         if len(self._weights) != len(self.model.weights):
             raise UserError(
@@ -119,10 +127,16 @@ class LocalTraining:
         self._velocity = [
             tf.Variable(tf.zeros_like(w), trainable=False) for w in self._weights if local.momentum
         ]
-        self._dropout_states = [
-            layer.seed_generator.state
+        self._dropping = sum(drops(layer) for layer in self.model.layers)
+        # Plain SGD only: whoever corrects a gradient has to see it.
+        corrects = type(strategy).correct_gradients is not Strategy.correct_gradients
+        plain = not (corrects or strategy.phases(len(self._weights)) or local.momentum)
+        self._deferred = [
+            Deferred(layer, local.batch_size, steps, local.learning_rate)
             for layer in self.model.layers
-            if isinstance(layer, keras.layers.Dropout) and layer.rate > 0
+            if (steps := Deferred.steps(layer, local.batch_size)) >= 2
+            and plain
+            and not local.weight_decay
         ]
         images = tf.TensorSpec([None, 28, 28], tf.uint8)
         labels = tf.TensorSpec([None], tf.uint8)
@@ -132,7 +146,7 @@ class LocalTraining:
                 images,
                 labels,
                 tf.TensorSpec([None, None], tf.int32),
-                tf.TensorSpec([len(self._dropout_states)], tf.int32),
+                tf.TensorSpec([self._dropping], tf.int32),
             ],
             autograph=False,  # it reads source code, and fails where a warning is an error
         )
@@ -200,7 +214,7 @@ class LocalTraining:
         local = replace(self._local, epochs=epochs or self._local.epochs)
         order = np.stack([draw.permutation(writer.train) for _ in range(local.epochs)])
         dropout = generator(self._seed, "dropout", round, client)
-        seeds = dropout.integers(2**31, size=len(self._dropout_states), dtype=np.int32)
+        seeds = dropout.integers(2**31, size=self._dropping, dtype=np.int32)
         loss_sum, correct = self._train(writer.images, writer.labels, order, seeds)
         outcome = Outcome(
             examples=len(writer.train),
@@ -337,6 +351,7 @@ class LocalTraining:
                 labels,
                 order,
                 dropout_seeds,
+                (),
                 lambda g: strategy.correct_personal_gradients(g, self._weights, origin),
             )
             _assign(memory["personal"], self._weights)
@@ -349,6 +364,7 @@ class LocalTraining:
             labels,
             order,
             dropout_seeds,
+            self._deferred,
             lambda g: strategy.correct_gradients(g, self._weights, origin, memory, self._state),
         )
         steps = self._traced_steps(tf.shape(order))
@@ -368,23 +384,31 @@ class LocalTraining:
         labels: tf.Tensor,
         order: tf.Tensor,
         dropout_seeds: tf.Tensor,
+        deferred: Sequence[Deferred],
         correct_gradients: Callable[[Sequence[tf.Tensor]], Sequence[tf.Tensor]],
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Train the model's weights, as they are, on the rows `order` (`[epochs, n]`)."""
         local = self._local
         for velocity in self._velocity:
             velocity.assign(tf.zeros_like(velocity))
-        for place, state in enumerate(self._dropout_states):
-            state.assign(tf.cast(tf.stack([dropout_seeds[place], 0]), state.dtype))
+        kept = [each.begin() for each in deferred]
         epochs, n = tf.shape(order)[0], tf.shape(order)[1]
         steps = (n + local.batch_size - 1) // local.batch_size
         move = self._moves(epochs * steps)
 
-        def step_once(step: tf.Tensor, loss_sum: tf.Tensor, correct: tf.Tensor) -> Any:
+        # A graph of its own: in the loop's, which has a cycle, some processes' oneDNN misses the
+        # max-pooling's gradient.
+        @tf.function(  # type: ignore[untyped-decorator]
+            autograph=False, experimental_attributes={"_noinline": True}
+        )
+        def step_once(step: tf.Tensor, loss_sum: tf.Tensor, correct: tf.Tensor, kept: Any) -> Any:
             epoch, start = step // steps, step % steps * local.batch_size
             rows = order[epoch, start : start + local.batch_size]
             targets = tf.cast(tf.gather(labels, rows), tf.int32)
-            losses, logits, gradients = self._gradients(_pixels(images, rows), targets, True)
+            dropouts = Dropouts(dropout_seeds, step)
+            losses, logits, gradients, kept = self._gradients(
+                _pixels(images, rows), targets, dropouts, list(zip(deferred, kept, strict=True))
+            )
             if local.weight_decay:
                 gradients = [
                     g + local.weight_decay * w
@@ -398,26 +422,41 @@ class LocalTraining:
             in_last_epoch = epoch == epochs - 1
             loss_sum += tf.where(in_last_epoch, tf.reduce_sum(losses), 0.0)
             correct += tf.where(in_last_epoch, _hits(logits, targets), 0)
-            return step + 1, loss_sum, correct
+            return step + 1, loss_sum, correct, kept
 
-        _, loss_sum, correct = tf.while_loop(
+        _, loss_sum, correct, kept = tf.while_loop(
             lambda step, *_: step < epochs * steps,
             step_once,
-            [tf.constant(0), tf.constant(0.0), tf.constant(0)],
+            [tf.constant(0), tf.constant(0.0), tf.constant(0), kept],
             parallel_iterations=1,
         )
+        for each, its in zip(deferred, kept, strict=True):
+            each.finish(its)
         return loss_sum, correct
 
     def _gradients(
-        self, pixels: tf.Tensor, targets: tf.Tensor, training: bool
-    ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
-        """Return losses, logits and the gradients of the mean loss of a batch."""
+        self,
+        pixels: tf.Tensor,
+        targets: tf.Tensor,
+        dropouts: Dropouts | None = None,
+        deferred: Sequence[tuple[Deferred, Kept]] = (),
+    ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor | None], list[Kept]]:
+        """Return losses, logits and the gradients of the mean loss of a batch.
+
+        The gradients of deferred kernels are None; what these keep is returned last.
+        """
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(self._weights)
-            logits = self.model(pixels, training=training)
+            logits, products = forward(self.model, pixels, dropouts, deferred, tape)
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
             loss = tf.reduce_mean(losses)
-        return losses, logits, tape.gradient(loss, self._weights)
+        outputs = [output for _, output in products]
+        gradients, slopes = tape.gradient(loss, (self._weights, outputs))
+        kept = [
+            later.step(x, slope, its)
+            for (later, its), (x, _), slope in zip(deferred, products, slopes, strict=True)
+        ]
+        return losses, logits, gradients, kept
 
     def _full_gradient(self, images: tf.Tensor, labels: tf.Tensor, rows: tf.Tensor) -> None:
         """Leave the gradient of the mean loss over `rows` (`[n]`), without dropout."""
@@ -428,7 +467,7 @@ class LocalTraining:
         def batch_once(start: tf.Tensor) -> Any:
             batch = rows[start : start + _GRADIENT_BATCH]
             targets = tf.cast(tf.gather(labels, batch), tf.int32)
-            _, _, gradients = self._gradients(_pixels(images, batch), targets, False)
+            _, _, gradients, _ = self._gradients(_pixels(images, batch), targets)
             share = tf.cast(tf.shape(batch)[0], tf.float32) / tf.cast(n, tf.float32)
             for total, gradient in zip(self._gradient, gradients, strict=True):
                 total.assign_add(share * gradient)
@@ -477,7 +516,8 @@ class LocalTraining:
                 )
             return
         for weight, gradient in zip(self._weights, gradients, strict=True):
-            tf.raw_ops.ResourceApplyGradientDescent(var=weight.handle, alpha=rate, delta=gradient)
+            if gradient is not None:
+                apply_gradient(weight, rate, gradient)
 
     def _evaluate_global(
         self, images: tf.Tensor, labels: tf.Tensor, rows: tf.Tensor
@@ -497,7 +537,7 @@ class LocalTraining:
         def step_once(start: tf.Tensor) -> Any:
             batch = order[start : start + self._local.batch_size]
             targets = tf.cast(tf.gather(labels, batch), tf.int32)
-            _, _, gradients = self._gradients(_pixels(images, batch), targets, False)
+            _, _, gradients, _ = self._gradients(_pixels(images, batch), targets)
             self._step(gradients)
             return (start + self._local.batch_size,)
 

@@ -92,6 +92,7 @@ class Config:
         "probability that a drawn client does not complete a round", 0, 1, below=True
     )
     seed: int = _key("seed of everything random", 0)
+    precision: str = _key("float32, or bfloat16 for the clients' activations and products")
     local: LocalConfig = field(default_factory=LocalConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -105,6 +106,7 @@ class Config:
 CHOICES = {
     "engine.kind": ("ray", "inline"),
     "engine.wire": ("reference", "value"),
+    "precision": ("float32", "bfloat16"),
     "on_client_error": ("stop", "drop"),
 }
 MAY_CHANGE = ("rounds", "engine", "checkpoint", "list_clients", "cache", "resume")

@@ -1,4 +1,4 @@
-"""The models of the FEMNIST literature: frozen specs with `.build(seed) -> "keras.Model"`.
+"""The models of the FEMNIST literature: frozen specs with `.build(seed) -> "keras.Sequential"`.
 
 Every model takes `[n, 28, 28, 1]` float32 pixels in 0..1 (white background 1.0, as FEMNIST is
 published) and returns 62 logits. Initial weights are seeded layer by layer from the run's seed,
@@ -11,6 +11,7 @@ pixels as they are, which works, but starts slowly: most inputs are 1.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from femfed import UserError
@@ -29,8 +30,39 @@ class Model(Protocol):
     def parameters(self) -> int:
         """Number of weights."""
 
-    def build(self, seed: int) -> "keras.Model":
-        """Return a fresh model whose initial weights depend on `seed` alone."""
+    def build(self, seed: int, precision: str = "float32") -> "keras.Sequential":
+        """Return a fresh model whose initial weights, always float32, depend on `seed` alone.
+
+        Args:
+            seed: of the run.
+            precision: `bfloat16` computes activations and products in it, all but the logits'.
+        """
+
+
+def check_precision(model: Model, precision: str, cpu: Path = Path("/proc/cpuinfo")) -> None:
+    """Refuse a precision that would not make a client's training any faster.
+
+    Args:
+        model: what is to be trained.
+        precision: `float32` or `bfloat16`.
+        cpu: what the kernel says of the processor.
+
+    Raises:
+        UserError: the processor has no bfloat16 products, or the model nothing that gains by them.
+    """
+    if precision == "float32":
+        return
+    if isinstance(model, Dense):
+        raise UserError(
+            f"precision={precision} with a model of dense layers only, which is no faster for it; "
+            "expected a model with convolutions; leave precision=float32"
+        )
+    flags = set(cpu.read_text().split()) if cpu.exists() else set()
+    if not flags & {"avx512_bf16", "amx_bf16"}:
+        raise UserError(
+            f"precision={precision} on a CPU without bfloat16 products, where it is slower; "
+            f"expected avx512_bf16 or amx_bf16 among the flags in {cpu}; leave precision=float32"
+        )
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
@@ -49,10 +81,15 @@ def _glorot(seed: int, layer: int) -> "keras.Initializer":
     return keras.initializers.GlorotUniform(seed=draw)
 
 
-def _sequential(name: str, invert: bool, stack: Sequence["keras.Layer"]) -> "keras.Model":
-    """Chain `stack` behind the input."""
+def _sequential(
+    name: str, invert: bool, precision: str, stack: Sequence["keras.Layer"]
+) -> "keras.Sequential":
+    """Chain `stack` behind the input; its last layer makes the logits."""
     import keras
 
+    if precision != "float32":
+        for layer in stack[:-1]:
+            layer.dtype_policy = f"mixed_{precision}"
     first = [keras.layers.Rescaling(-1.0, offset=1.0)] if invert else []
     return keras.Sequential([keras.Input((28, 28, 1)), *first, *stack], name=name)
 
@@ -86,13 +123,14 @@ class CNN:
         """Number of weights, 1,206,590."""
         return _sizes(3 * 3 * 1, 32) + _sizes(3 * 3 * 32, 64) + _sizes(12 * 12 * 64, 128, CLASSES)
 
-    def build(self, seed: int) -> "keras.Model":
+    def build(self, seed: int, precision: str = "float32") -> "keras.Sequential":
         """Return the model with initial weights drawn from `seed`."""
         from keras import layers
 
         return _sequential(
             "cnn",
             self.invert,
+            precision,
             [
                 layers.Conv2D(32, 3, activation="relu", kernel_initializer=_glorot(seed, 0)),
                 layers.Conv2D(64, 3, activation="relu", kernel_initializer=_glorot(seed, 1)),
@@ -135,13 +173,14 @@ class PooledCNN:
         convolutions = _sizes(5 * 5 * 1, 32) + _sizes(5 * 5 * 32, 64)
         return convolutions + _sizes(7 * 7 * 64, self.units, CLASSES)
 
-    def build(self, seed: int) -> "keras.Model":
+    def build(self, seed: int, precision: str = "float32") -> "keras.Sequential":
         """Return the model with initial weights drawn from `seed`."""
         from keras import layers
 
         return _sequential(
             "pooled_cnn",
             self.invert,
+            precision,
             [
                 layers.Conv2D(
                     32, 5, padding="same", activation="relu", kernel_initializer=_glorot(seed, 0)
@@ -183,7 +222,7 @@ class Dense:
         """Number of weights."""
         return _sizes(28 * 28, *self.units, CLASSES)
 
-    def build(self, seed: int) -> "keras.Model":
+    def build(self, seed: int, precision: str = "float32") -> "keras.Sequential":
         """Return the model with initial weights drawn from `seed`."""
         from keras import layers
 
@@ -192,7 +231,7 @@ class Dense:
             for place, width in enumerate(self.units)
         ]
         logits = layers.Dense(CLASSES, kernel_initializer=_glorot(seed, len(hidden)))
-        return _sequential("dense", self.invert, [layers.Flatten(), *hidden, logits])
+        return _sequential("dense", self.invert, precision, [layers.Flatten(), *hidden, logits])
 
 
 def _sizes(*widths: int) -> int:

@@ -86,6 +86,8 @@ COMMANDS = {
     "engine.workers=0": ["engine.workers=0", "at least 1"],
     "engine.bundle=0": ["engine.bundle=0", "at least 1"],
     "engine.kind=cloud": ["engine.kind=cloud", "ray or inline"],
+    "precision=float16": ["precision=float16", "float32 or bfloat16"],
+    "precision=bfloat16 model=2nn": ["precision=bfloat16", "dense layers only", "float32"],
     "engine.wire=post": ["engine.wire=post", "reference or value"],
     "model.dropout=1": ["model.dropout=1", "0 <= rate < 1"],
     "model.dropout=lots": ["model.dropout", "lots"],

@@ -12,7 +12,8 @@ import tensorflow as tf
 from femfed import UserError
 from femfed.client import DivergedError, Local, LocalTraining, flatten, unflatten
 from femfed.data.store import CLASSES, Writer
-from femfed.models import CNN, Dense, Model
+from femfed.forward import Dropouts
+from femfed.models import CNN, Dense, Model, PooledCNN
 from femfed.seeds import generator
 from femfed.strategies.base import Strategy
 from femfed.strategies.fedavg import FedAvg
@@ -21,6 +22,7 @@ from femfed.strategies.fedprox import FedProx
 SEED = 11
 PLAIN = Local(epochs=1, batch_size=20, learning_rate=0.1, momentum=0.0, weight_decay=0.0)
 LOGISTIC, TWO_LAYERS = Dense(True, ()), Dense(True, (200, 200))
+WIDE = Dense(True, (2048,))  # its first kernel is large enough to defer six steps of twenty images
 SIZES = (1, 19, 20, 21, 60)  # below, at and above a batch, and several batches
 
 
@@ -41,9 +43,12 @@ def a_writer(examples: int, held_out: int = 0) -> Writer:
 
 
 def make(
-    local: Local = PLAIN, model: Model = LOGISTIC, strategy: Strategy | None = None
+    local: Local = PLAIN,
+    model: Model = LOGISTIC,
+    strategy: Strategy | None = None,
+    precision: str = "float32",
 ) -> LocalTraining:
-    return LocalTraining(model, strategy or FedAvg(), local, SEED)
+    return LocalTraining(model, strategy or FedAvg(), local, SEED, precision)
 
 
 def delta_after(training: LocalTraining, *where: Any) -> np.ndarray:
@@ -138,6 +143,111 @@ def test_training_equals_a_plain_loop(model: Model, local: Local) -> None:
     assert outcome.loss_sum == pytest.approx(loss_sum, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("model", "local"),
+    [
+        pytest.param(WIDE, PLAIN, id="wide"),
+        pytest.param(WIDE, replace(PLAIN, epochs=3), id="wide-epochs"),  # nine steps: six and three
+        pytest.param(WIDE, replace(PLAIN, epochs=4, batch_size=7), id="wide-batches"),
+        pytest.param(CNN(True, 0.0, 0.0), replace(PLAIN, learning_rate=0.03), id="cnn"),
+        pytest.param(PooledCNN(True, 512), replace(PLAIN, learning_rate=0.03), id="pooled"),
+    ],
+)
+@pytest.mark.parametrize("examples", [1, 20, 45])
+def test_deferred_steps_equal_a_plain_loop(model: Model, local: Local, examples: int) -> None:
+    writer, training = a_writer(examples, held_out=5), make(local, model)
+    assert len(training._deferred) == 1
+
+    outcome = training.train(writer, 3, 8)
+    vector = np.empty(training.parameters, np.float32)
+    training.delta(vector)
+
+    expected, loss_sum, correct = by_hand(model, local, writer, 3, 8)
+    np.testing.assert_allclose(vector, expected, atol=1e-6, rtol=0)
+    assert np.abs(expected).max() > 1e-3
+    assert (outcome.examples, outcome.correct) == (examples, correct)
+    assert outcome.loss_sum == pytest.approx(loss_sum, rel=1e-5)
+
+
+@pytest.mark.parametrize("model", [TWO_LAYERS, WIDE, CNN(True, 0.0, 0.0), PooledCNN(True, 64)])
+def test_gradients_equal_those_of_the_keras_model(model: Model) -> None:
+    training, plain, writer = make(model=model), model.build(SEED), a_writer(20)
+    x, labels = pixels(writer, writer.train), writer.labels.astype(np.int32)
+
+    losses, logits, gradients, _ = training._gradients(tf.constant(x), tf.constant(labels))
+
+    with tf.GradientTape() as tape:
+        expected = plain(x, training=True)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(labels, expected)
+    np.testing.assert_allclose(logits, expected, atol=1e-6)
+    assert float(tf.reduce_mean(losses)) == pytest.approx(float(loss), rel=1e-6)
+    variables = [variable.value for variable in plain.trainable_variables]
+    for ours, theirs in zip(gradients, tape.gradient(loss, variables), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("local", "strategy"),
+    [
+        (PLAIN, FedProx(0.1)),
+        (replace(PLAIN, momentum=0.5), FedAvg()),
+        (replace(PLAIN, weight_decay=0.1), FedAvg()),
+        (replace(PLAIN, batch_size=100), FedAvg()),  # as much work kept as taken
+    ],
+)
+def test_no_step_is_deferred_that_somebody_has_to_see(local: Local, strategy: Strategy) -> None:
+    assert not make(local, WIDE, strategy)._deferred
+
+
+# dropout
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.5, 0.3])  # in eighths of a byte, and not
+def test_dropout_drops_its_share_and_scales_the_rest(rate: float) -> None:
+    x = tf.ones([40, 50, 31])  # 62,000, no multiple of eight
+    dropouts = Dropouts(tf.constant([3, 4]), tf.constant(0))
+
+    dropped = dropouts.drop(x, 0, rate).numpy()
+
+    zeros = dropped == 0
+    assert zeros.mean() == pytest.approx(rate, abs=0.01)
+    np.testing.assert_allclose(dropped[~zeros], 1 / (1 - rate), rtol=1e-6)
+    for axis in ((0, 1), (0, 2), (1, 2)):
+        assert np.abs(zeros.mean(axis=axis) - rate).max() < 0.06
+    assert np.array_equal(dropped, dropouts.drop(x, 0, rate))
+
+
+def test_dropout_differs_by_layer_seed_and_step() -> None:
+    x, drawn = tf.ones([4000]), []
+    for seeds, step, place in (([3, 4], 0, 0), ([3, 4], 0, 1), ([5, 4], 0, 0), ([3, 4], 1, 0)):
+        kept = Dropouts(tf.constant(seeds), tf.constant(step)).drop(x, place, 0.5) > 0
+        drawn.append(kept.numpy())
+
+    for place, one in enumerate(drawn):
+        for other in drawn[:place]:
+            assert (one == other).mean() == pytest.approx(0.5, abs=0.05)
+
+
+# half precision
+
+
+def test_half_precision_moves_nearly_the_same_way() -> None:
+    writer, model = a_writer(45), CNN(True, 0.25, 0.5)
+    local = replace(PLAIN, epochs=2)
+
+    exact = delta_after(make(local, model), writer, 1, 2)
+    training = make(local, model, precision="bfloat16")
+    half = delta_after(training, writer, 1, 2)
+
+    assert half.dtype == np.float32
+    cosine = half @ exact / np.linalg.norm(half) / np.linalg.norm(exact)
+    assert 0.95 < cosine < 1
+    delta_after(training, a_writer(21), 1, 3)
+    assert np.array_equal(half, delta_after(training, writer, 1, 2))
+    assert np.array_equal(half, delta_after(make(local, model, precision="bfloat16"), writer, 1, 2))
+    assert training.traces == 1
+
+
 @pytest.mark.parametrize("proximal_mu", [0.1, 1.0])
 def test_fedprox_equals_the_term_in_the_loss(proximal_mu: float) -> None:
     writer, local = a_writer(45), replace(PLAIN, epochs=2)
@@ -176,10 +286,10 @@ def test_a_writer_with_nothing_to_train_on_changes_nothing() -> None:
 # a client's result depends on nothing else
 
 
-@pytest.fixture(scope="module")
-def dropping() -> LocalTraining:
-    """A model with both of its dropout layers, momentum and two epochs."""
-    return make(replace(PLAIN, epochs=2, momentum=0.5), CNN(True, 0.25, 0.5))
+@pytest.fixture(scope="module", params=[0.0, 0.5], ids=["deferred", "momentum"])
+def dropping(request: pytest.FixtureRequest) -> LocalTraining:
+    """A model with both of its dropout layers, and two epochs."""
+    return make(replace(PLAIN, epochs=2, momentum=request.param), CNN(True, 0.25, 0.5))
 
 
 def test_who_was_trained_before_does_not_matter(dropping: LocalTraining) -> None:
@@ -189,9 +299,7 @@ def test_who_was_trained_before_does_not_matter(dropping: LocalTraining) -> None
     dropping.evaluate(writer, writer.test)
 
     again = delta_after(dropping, writer, 2, 5)
-    elsewhere = delta_after(
-        make(replace(PLAIN, epochs=2, momentum=0.5), CNN(True, 0.25, 0.5)), writer, 2, 5
-    )
+    elsewhere = delta_after(make(dropping._local, CNN(True, 0.25, 0.5)), writer, 2, 5)
 
     assert np.array_equal(first, again)
     assert np.array_equal(first, elsewhere)
@@ -382,7 +490,7 @@ def test_a_vector_and_its_layers() -> None:
 
 def test_weights_that_are_not_trained_are_refused() -> None:
     class Normalising:
-        def build(self, seed: int) -> keras.Model:
+        def build(self, seed: int, precision: str = "float32") -> keras.Sequential:
             layers = [keras.layers.Flatten(), keras.layers.BatchNormalization()]
             return keras.Sequential([keras.Input((28, 28, 1)), *layers, keras.layers.Dense(62)])
 

@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from femfed import UserError, config
-from femfed.models import CLASSES, CNN, Dense, Model, PooledCNN
+from femfed.models import CLASSES, CNN, Dense, Model, PooledCNN, check_precision
 
 FILES = sorted((config.CONF / "model").glob("*.yaml"))
 PARAMETERS = {
@@ -141,6 +141,36 @@ def test_one_row_of_logits_an_image(model: Model) -> None:
     assert tuple(logits.shape) == (3, CLASSES)
     assert logits.dtype == "float32"
     assert np.asarray(logits).min() < 0  # no probabilities
+
+
+CONVOLVING = [CNN(True, 0.25, 0.5), PooledCNN(True, 16)]
+
+
+@pytest.mark.parametrize("model", CONVOLVING, ids=lambda model: type(model).__name__)
+def test_half_precision_keeps_the_weights_and_the_logits(model: Model) -> None:
+    x = pixels(3)
+    exact, half = model.build(0), model.build(0, "bfloat16")
+
+    assert same(exact, half)
+    assert {w.dtype for w in half.weights} == {"float32"}
+    assert half(x).dtype == "float32"
+    np.testing.assert_allclose(half(x), exact(x), atol=0.05)
+    assert not np.array_equal(half(x), exact(x))
+
+
+def test_half_precision_is_refused_where_it_gains_nothing(tmp_path: Path) -> None:
+    cpu = tmp_path / "cpuinfo"
+    cpu.write_text("flags : fpu avx2 avx512f\n")
+
+    with pytest.raises(UserError, match=r"CPU without bfloat16.*avx512_bf16 or amx_bf16.*float32"):
+        check_precision(CONVOLVING[0], "bfloat16", cpu)
+    with pytest.raises(UserError, match="dense layers only"):
+        check_precision(Dense(True, (200,)), "bfloat16", cpu)
+    for model in SMALL:
+        check_precision(model, "float32", cpu)
+    for flag in ("avx512_bf16", "amx_bf16"):
+        cpu.write_text(f"flags : fpu {flag}\n")
+        check_precision(CONVOLVING[0], "bfloat16", cpu)
 
 
 def test_dropout_is_for_training_only() -> None:

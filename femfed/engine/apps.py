@@ -83,7 +83,11 @@ class Worker:
         self.strategy: Strategy = construct(parts["strategy"])
         self.store = WriterStore.open(Path(parts["store"]))
         self.training = LocalTraining(
-            construct(parts["model"]), self.strategy, construct(parts["local"]), self._seed
+            construct(parts["model"]),
+            self.strategy,
+            construct(parts["local"]),
+            self._seed,
+            parts["precision"],
         )
         sends, receives = 1 + self.strategy.sends_extra, 1 + len(self.strategy.broadcasts)
         self.inbox = Inbox(self.training.parameters, sends, receives)
@@ -269,6 +273,7 @@ class Job:
         by_value: send weights and updates inside the messages instead of through shared files.
         memory: folder of what clients remember from round to round.
         drop: leave a client whose training fails out of its round instead of ending the run.
+        precision: of the clients' activations and products, `float32` or `bfloat16`.
     """
 
     model: Model
@@ -283,6 +288,7 @@ class Job:
     by_value: bool
     memory: Path
     drop: bool = False
+    precision: str = "float32"
 
     @functools.cached_property
     def spec(self) -> str:
@@ -291,6 +297,7 @@ class Job:
             model=describe(self.model),
             strategy=describe(self.strategy),
             local=describe(self.local),
+            precision=self.precision,
             seed=self.schedule.seed,
             store=str(self.store.folder),
             test_fraction=self.test_fraction,
