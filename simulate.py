@@ -7,17 +7,15 @@ From the config to objects, from objects to the engine, from the engine to the r
 """
 
 import contextlib
-import fcntl
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -27,6 +25,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from femfed import RunError, Stopped, UserError, config
+from femfed.folder import discard, noise_to, owned
 
 # TensorFlow, Flower and Ray take seconds to import: whatever needs them is imported where a user's
 # mistake would have been told already.
@@ -123,11 +122,9 @@ def run_one(
             progress.message(f"goes on from round {begun.round if begun else 0}")
         engine = engine_of(cfg, model, progress.status, engines if sweep else own)
 
-        from femfed.client import Local
         from femfed.engine.apps import Job, Run
+        from femfed.local import Local
 
-        keras_model = model.build(cfg.seed)
-        weights = begun.weights if begun else keras_model.get_weights()
         job = Job(
             model=model,
             strategy=strategy,
@@ -153,17 +150,16 @@ def run_one(
         )
         run = Run(
             job=job,
-            weights=weights,
-            state=begun.state if begun else strategy.init(weights),
+            weights=begun.weights if begun else None,
+            state=begun.state if begun else None,
             finished=begun.round if begun else 0,
             on_round=results.on_round,
             on_clients=progress.clients_done,
             on_status=progress.message,
+            save_as=folder.absolute() / "model.keras",
         )
         engine.run(run, folder)
         own.close()  # all processors for the model and the pictures
-        keras_model.set_weights(run.weights)
-        keras_model.save(folder / "model.keras")
         results.finish(title, about, run.weights, run.peak_memory)
     print(f"results in {os.path.relpath(folder)}")
 
@@ -199,53 +195,6 @@ def engine_of(
             return engine
         kept[settings] = engine
     return kept[settings]
-
-
-@contextlib.contextmanager
-def noise_to(path: Path) -> Iterator[TextIO]:
-    """Send what TensorFlow, Ray and their native code print to a file; yield the real stdout."""
-    stdout = sys.stdout
-    sys.stderr.flush()
-    terminal = os.dup(2)
-    with path.open("a", buffering=1) as file, contextlib.redirect_stdout(file):
-        os.dup2(file.fileno(), 2)
-        try:
-            yield stdout
-        finally:
-            sys.stderr.flush()
-            os.dup2(terminal, 2)
-            os.close(terminal)
-
-
-@contextlib.contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    """Keep every other process from running in `folder`."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(
-            f"another process is running in {folder}; expected a folder of one's own; wait for it "
-            "or give another hydra.run.dir"
-        ) from None
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def discard(folder: Path) -> None:
-    """Remove the folder of a run that was refused; what is not of that run stays."""
-    if (folder / "rounds.csv").exists():
-        return
-    shutil.rmtree(folder / ".hydra", ignore_errors=True)
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    (folder / "simulate.log").unlink(missing_ok=True)
-    for empty in (folder, folder.parent):
-        if empty == folder or "outputs" in empty.parts:  # else somebody's own folder
-            with contextlib.suppress(OSError):
-                empty.rmdir()
 
 
 def how_to_resume(folder: Path) -> str:

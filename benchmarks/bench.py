@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from femfed.client import Local, LocalTraining
 from femfed.data.store import Handwriting, WriterStore, stored
 from femfed.engine.apps import Job, Run
 from femfed.engine.federation import Federation
 from femfed.engine.rounds import Round, Schedule
+from femfed.local import Local
 from femfed.models import CNN, Model, PooledCNN
 from femfed.strategies.base import Strategy
 from femfed.strategies.fedavg import FedAvg
@@ -82,8 +82,7 @@ def job(
 
 def run(job: Job, on_round: Callable[[Round], None]) -> Run:
     """Return a run of `job` from fresh weights."""
-    weights = job.model.build(0).get_weights()
-    return Run(job, weights, job.strategy.init(weights), on_round, lambda done, cohort: None, print)
+    return Run(job, None, None, on_round, lambda done, cohort: None, print)
 
 
 @contextmanager
@@ -119,6 +118,8 @@ def floor(job: Job) -> Iterator[Callable[[], float]]:
 
 def _floor(job: Job, place: int, barrier: Barrier) -> None:
     import tensorflow as tf
+
+    from femfed.client import LocalTraining
 
     training = LocalTraining(job.model, Strategy(), job.local, 0)
     weights = [variable.value for variable in training.model.trainable_variables]

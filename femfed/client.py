@@ -7,83 +7,28 @@ of nothing else, neither of the worker nor of who was trained before.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from femfed import RunError, UserError
+from femfed import UserError
 from femfed.data.store import Rows, Writer
 from femfed.forward import Deferred, Dropouts, Kept, apply_gradient, drops, forward
+from femfed.local import GRID, LARGEST_SUM, DivergedError, Local, unflatten
 from femfed.models import Model
 from femfed.seeds import generator
 from femfed.strategies.base import Outcome, Strategy, Weights
 
-# A weighted delta is rounded to a multiple of 2**-30 by adding and subtracting GRID. Sums of such
-# multiples are exact in float64, and so depend on no order, as long as the sum of their magnitudes
-# stays below LARGEST_SUM.
-GRID = 1.5 * 2.0**22
-LARGEST_SUM = 2.0**21
 _CHUNK = 65_536  # elements folded at a time: the temporaries stay in the core's second-level cache
 _GRADIENT_BATCH = 128  # images; bounds the memory of a full gradient
 _EVALUATION_BATCH = 512  # images; bounds the memory of a writer with thousands of them
 
 FloatSum = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Local:
-    """How a client trains.
-
-    Attributes:
-        epochs: passes over the writer's images.
-        batch_size: images a step; the last, shorter batch of an epoch is trained on as well.
-        learning_rate: of plain SGD.
-        momentum: in [0, 1); the velocity starts at zero for every client and round.
-        weight_decay: added to the gradient as `weight_decay * w`.
-    """
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    momentum: float
-    weight_decay: float
-
-    def steps(self, examples: int) -> float:
-        """Return a client's local steps, with momentum `||a||_1` of the FedNova paper.
-
-        ```
-        a = number of steps                                        without momentum
-        a = (steps - m (1 - m^steps) / (1 - m)) / (1 - m)          m = momentum
-        ```
-
-        Source: J. Wang, Q. Liu, H. Liang, G. Joshi, H. V. Poor, "Tackling the Objective
-        Inconsistency Problem in Heterogeneous Federated Optimization", NeurIPS 2020,
-        https://arxiv.org/abs/2007.07481
-        """
-        steps, m = float(self.epochs * -(-examples // self.batch_size)), self.momentum
-        return (steps - m * (1 - m**steps) / (1 - m)) / (1 - m) if m else steps
-
-
-class DivergedError(RunError):
-    """A client's training left the finite numbers."""
-
-
-def flatten(weights: Weights) -> NDArray[np.float32]:
-    """Return all weights in order as one vector."""
-    return np.concatenate([layer.ravel() for layer in weights])
-
-
-def unflatten(vector: NDArray[Any], shapes: Sequence[tuple[int, ...]]) -> list[NDArray[Any]]:
-    """Return the layers of `vector` as views."""
-    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
-    if ends[-1] != vector.size:
-        raise ValueError(f"{vector.size} weights; expected {ends[-1]} for layers {shapes}")
-    starts = [0, *ends[:-1]]
-    return [vector[a:b].reshape(s) for a, b, s in zip(starts, ends, shapes, strict=True)]
 
 
 class LocalTraining:
@@ -105,7 +50,7 @@ class LocalTraining:
         seed: int,
         precision: str = "float32",
     ) -> None:
-        self._strategy, self._local, self._seed = strategy, local, seed
+        self._model, self._strategy, self._local, self._seed = model, strategy, local, seed
         self.model = model.build(seed, precision)
         self._weights = [variable.value for variable in self.model.trainable_variables]
         if len(self._weights) != len(self.model.weights):
@@ -177,6 +122,12 @@ class LocalTraining:
     def initial_weights(self) -> Weights:
         """The weights the model was built with."""
         return self._initial
+
+    def save(self, path: Path) -> None:
+        """Save the global weights as a model of plain Keras, in float32 whatever the precision."""
+        plain = self._model.build(self._seed)
+        plain.set_weights([variable.numpy() for variable in self._global_weights])
+        plain.save(path)
 
     def load_memory(self, vector: NDArray[np.float32] | None) -> None:
         """Take `vector` as what the next client remembers, None for a client that is new."""

@@ -10,9 +10,10 @@ import pytest
 import tensorflow as tf
 
 from femfed import UserError
-from femfed.client import DivergedError, Local, LocalTraining, flatten, unflatten
+from femfed.client import LocalTraining
 from femfed.data.store import CLASSES, Writer
 from femfed.forward import Dropouts
+from femfed.local import DivergedError, Local, flatten, unflatten
 from femfed.models import CNN, Dense, Model, PooledCNN
 from femfed.seeds import generator
 from femfed.strategies.base import Strategy

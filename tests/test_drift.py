@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from femfed import UserError
-from femfed.client import Local, LocalTraining
+from femfed.client import LocalTraining
 from femfed.data.store import CLASSES, Writer
+from femfed.local import Local
 from femfed.models import Dense
 from femfed.strategies.base import ALIKE, Cohort, Outcome, Strategy
 from femfed.strategies.fedavg import FedAvg

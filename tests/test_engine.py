@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from femfed.client import Local, LocalTraining
+from femfed.client import LocalTraining
 from femfed.data.store import Handwriting, WriterStore, stored
 from femfed.engine.apps import ClientError, Job, Run
 from femfed.engine.federation import Federation
 from femfed.engine.inline import InlineEngine
 from femfed.engine.rounds import Round, Schedule
+from femfed.local import Local
 from femfed.models import Dense
 from femfed.strategies.base import Strategy, Weights
 from femfed.strategies.fedavg import FedAvg

@@ -23,15 +23,17 @@ OURS = {
     "models": set(),
     "checkpoint": set(),
     "seeds": set(),
+    "folder": set(),
     "results": {"checkpoint", "data.store", "engine", "report"},
     "report": {"report"},
     "data": {"data.store", "data.source"},
     # The two front doors: this one and simulate.py.
     "data.__main__": {"config", "data", "engine.federation", "report.sheet"},
     "strategies": {"strategies.base", "strategies.columns"},
-    "client": {"strategies.base", "models", "data.store", "forward"},
+    "client": {"strategies.base", "models", "data.store", "forward", "local"},
+    "local": {"strategies.base"},
     "forward": set(),
-    "engine": {"engine", "client", "data", "strategies.base", "models", "checkpoint"},
+    "engine": {"engine", "client", "local", "data", "strategies.base", "models", "checkpoint"},
 }
 # Library -> the rooms that may import it.
 LIBRARIES = {

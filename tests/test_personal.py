@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from femfed import UserError
-from femfed.client import Local, LocalTraining, flatten
+from femfed.client import LocalTraining
 from femfed.data.store import Handwriting, Writer, WriterStore, stored
 from femfed.engine.apps import Job, Run
 from femfed.engine.federation import Federation
 from femfed.engine.inline import InlineEngine
 from femfed.engine.memory import Memories
 from femfed.engine.rounds import Round, Schedule
+from femfed.local import Local, flatten
 from femfed.models import Dense
 from femfed.strategies.base import Memory, Strategy, Weights
 from femfed.strategies.centralised import Centralised

@@ -17,9 +17,10 @@ import pytest
 import simulate
 from benchmarks import faults
 from femfed import UserError, checkpoint
-from femfed.client import DivergedError, LocalTraining
+from femfed.client import LocalTraining
 from femfed.engine import ray as ray_engine
 from femfed.engine.wire import AT, left_by_the_dead
+from femfed.local import DivergedError
 from femfed.report.files import RunFiles
 from tests.test_engine import a_job, finish, same, store  # noqa: F401  # a fixture
 

@@ -11,7 +11,6 @@ import pytest
 from flwr.app import RecordDict
 
 from femfed import UserError
-from femfed.client import Local
 from femfed.engine.apps import cut
 from femfed.engine.wire import (
     Inbox,
@@ -22,6 +21,7 @@ from femfed.engine.wire import (
     shared_folder,
     to_json,
 )
+from femfed.local import Local
 from femfed.models import CNN, Dense
 from femfed.strategies.fedprox import FedProx
 

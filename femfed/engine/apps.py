@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 from femfed import RunError
-from femfed.client import LARGEST_SUM, DivergedError, Local, LocalTraining, flatten, unflatten
 from femfed.data.store import Writer, WriterStore
 from femfed.engine.federation import Federation, Writers
 from femfed.engine.memory import Memories
@@ -42,6 +41,7 @@ from femfed.engine.wire import (
     shared_folder,
     to_json,
 )
+from femfed.local import LARGEST_SUM, DivergedError, Local, flatten, unflatten
 from femfed.models import Model
 from femfed.seeds import generator
 from femfed.strategies.base import Outcome, State, Strategy, Update, Weights
@@ -78,6 +78,10 @@ class Worker:
     """
 
     def __init__(self, spec: str) -> None:
+        # Here only: the driver imports this module and has no use for TensorFlow, which takes
+        # seconds to import and hundreds of MiB.
+        from femfed.client import LocalTraining
+
         parts = json.loads(spec)
         self._seed, self._test_fraction = parts["seed"], parts["test_fraction"]
         self.strategy: Strategy = construct(parts["strategy"])
@@ -135,7 +139,26 @@ client_app = ClientApp()
 @client_app.query()
 def ready(message: Message, context: Context) -> Message:
     """Build the worker before the first round; tell which process and which node this is."""
-    _worker(_task(message)["spec"])
+    task = _task(message)
+    worker = _worker(task["spec"])
+    reply = _reply(message, context, {})
+    if task["asks_weights"]:
+        reply.content["weights"] = ArrayRecord(worker.training.initial_weights)
+    return reply
+
+
+@client_app.query("save")
+def save(message: Message, context: Context) -> Message:
+    """Save the global weights as a Keras model."""
+    task = _task(message)
+    worker = _worker(task["spec"])
+    worker.load(message.content, task["version"])
+    try:
+        worker.training.save(Path(task["path"]))
+    except OSError as error:
+        failure = ConfigRecord({"error": str(error), "trace": "", "is_os_error": True})
+        return Message(RecordDict({"failure": failure}), reply_to=message)
+    worker.inbox.ring(message.content)
     return _reply(message, context, {})
 
 
@@ -392,24 +415,39 @@ class GridWorkers:
         """Sum of the workers' peak resident memory in bytes."""
         return 1024 * sum(self._peaks.values())
 
-    def start(self, weights: Weights, finished: int) -> None:
+    def start(self, weights: Weights | None, finished: int) -> Weights:
         """Have every worker build its model, and learn which node is served when.
 
         Args:
-            weights: the global weights.
+            weights: the global weights, None before the first round.
             finished: the last finished round.
+
+        Returns:
+            The global weights, where there were none the initial ones of the model.
         """
-        self._shapes = [layer.shape for layer in weights]
         self._versions = self._memories.versions(len(self._versions), finished)
         if not self._job.strategy.averages:
             self._outbox.reserve_updates(self._job.schedule.clients_per_round)
         self._nodes = self._registered()
         spec = self._job.spec
-        contents = [RecordDict({"task": ConfigRecord({"spec": spec})}) for _ in self._nodes]
+        asks = [weights is None, *(False for _ in self._nodes[1:])]
+        contents = [
+            RecordDict({"task": ConfigRecord({"spec": spec, "asks_weights": each})})
+            for each in asks
+        ]
         replies = self._exchange("query", contents, lambda done: None)
         partitions = [_outcome(reply)["partition"] for reply in replies]
         # Flower hands messages to workers in the order of its partitions.
         self._nodes = [node for _, node in sorted(zip(partitions, self._nodes, strict=True))]
+        if weights is None:
+            weights = replies[0].array_records["weights"].to_numpy_ndarrays()
+        self._shapes = [layer.shape for layer in weights]
+        return weights
+
+    def save(self, weights: Weights, state: State, path: Path) -> None:
+        """Have a worker save the global weights as a Keras model."""
+        content = self._content(self._publish(weights, state), path=str(path))
+        self._exchange("query.save", [content], lambda done: None)
 
     def train(self, weights: Weights, state: State, cohort: Writers, round: int) -> Trained:
         """Train `cohort` from `weights` and aggregate."""
@@ -604,26 +642,30 @@ class Run:
 
     Attributes:
         job: what to run.
-        weights: the global weights after the last finished round.
-        state: the strategy's state after it.
+        weights: the global weights after the last finished round, None before the first.
+        state: the strategy's state after it, None likewise.
         on_round: called after every round.
         on_clients: called with (clients done, clients of the cohort) during a round.
         on_status: called with what is going on before the first round or after a loss.
         finished: the last finished round.
         attempts: how often the engine was started.
         peak_memory: sum of the workers' peak resident memory in bytes.
+        save_as: file for the final model, None to save none.
+        saved: whether that is done.
         lost: how often a client's training ended its worker since the last finished round.
     """
 
     job: Job
-    weights: Weights
-    state: State
+    weights: Weights | None
+    state: State | None
     on_round: Callable[[Round], None]
     on_clients: Callable[[int, int], None]
     on_status: Callable[[str], None]
     finished: int = 0
     attempts: int = 0
     peak_memory: int = 0
+    save_as: Path | None = None
+    saved: bool = False
     lost: Counter[int] = field(default_factory=Counter)
 
     @property
@@ -632,13 +674,13 @@ class Run:
         strategy = self.job.strategy
         updates = 0 if strategy.averages else self.job.schedule.clients_per_round
         sent, summed = 1 + len(strategy.broadcasts), 1 + strategy.sends_extra
-        parameters = sum(layer.size for layer in self.weights)
+        parameters = self.job.model.parameters
         return parameters * (4 * sent + 8 * summed * self.job.workers + 4 * updates)
 
     @property
     def done(self) -> bool:
-        """Whether the last round is finished."""
-        return self.finished >= self.job.schedule.rounds
+        """Whether the last round is finished and its model saved."""
+        return self.finished >= self.job.schedule.rounds and (self.saved or self.save_as is None)
 
     def blame(self, shared: Path | None) -> None:
         """Note which clients were being trained by workers that are gone.
@@ -703,18 +745,20 @@ def server_app(
 
 def _take_to_end(run: Run, folder: Path | None, grid: Grid, stop: threading.Event) -> None:
     run.attempts += 1
-    strategy, parameters = run.job.strategy, sum(layer.size for layer in run.weights)
+    strategy, parameters = run.job.strategy, run.job.model.parameters
     with Outbox(folder, parameters, 1 + strategy.sends_extra, 1 + len(strategy.broadcasts)) as box:
         workers = GridWorkers(run.job, grid, box, stop, run.on_clients, run.on_status, run.attempts)
-        workers.start(run.weights, run.finished)
-        rounds = run_rounds(
-            run.job.schedule, run.job.strategy, workers, run.weights, run.state, run.finished
-        )
+        run.weights = weights = workers.start(run.weights, run.finished)
+        run.state = state = strategy.init(weights) if run.state is None else run.state
+        rounds = run_rounds(run.job.schedule, strategy, workers, weights, state, run.finished)
         for finished in rounds:
             run.weights, run.state = finished.weights, finished.state
             run.finished, run.peak_memory = finished.number, workers.peak_memory
             run.lost.clear()
             run.on_round(finished)
+        if run.save_as is not None:
+            workers.save(run.weights, run.state, run.save_as)
+            run.saved = True
 
 
 def _in_order(bundles: list[list[int]], parts: Iterable[Sequence[T]]) -> list[T]:

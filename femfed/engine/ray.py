@@ -204,8 +204,16 @@ def _available_memory() -> int:
 
 
 def _import() -> None:
-    for module in ("femfed.engine.apps", "flwr.simulation"):
-        importlib.import_module(module)
+    """Import Flower; not TensorFlow, which it imports where there is one: workers need it only."""
+    absent = "tensorflow" not in sys.modules
+    if absent:
+        sys.modules["tensorflow"] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        for module in ("femfed.engine.apps", "flwr.simulation"):
+            importlib.import_module(module)
+    finally:
+        if absent:
+            del sys.modules["tensorflow"]
 
 
 @contextlib.contextmanager
