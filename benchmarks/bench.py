@@ -121,7 +121,7 @@ def _floor(job: Job, place: int, barrier: Barrier) -> None:
 
     from femfed.client import LocalTraining
 
-    training = LocalTraining(job.model, Strategy(), job.local, 0)
+    training = LocalTraining(job.model, Strategy(), job.local, 0, job.precision)
     weights = [variable.value for variable in training.model.trainable_variables]
     start = [tf.Variable(weight) for weight in weights]
     total = [tf.Variable(tf.zeros_like(weight)) for weight in weights]
