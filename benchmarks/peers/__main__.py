@@ -77,7 +77,7 @@ class Result:
 
 def commands(name: str, python: Path, model: str, clients: int) -> list[str]:
     """Return the command line of femfed in a precision, or of a peer."""
-    work = [model, str(clients), str(CORES)]
+    work = [model, str(clients), str(min(CORES, clients))]
     if name in PRECISIONS:
         return [sys.executable, "-m", "benchmarks.peers.ours", *work, name]
     return [str(python), str(SCRIPTS / PEERS[name].script), *work, PEERS[name].setting]
