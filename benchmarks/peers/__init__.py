@@ -1,0 +1,1 @@
+"""The comparison with other simulators: `python -m benchmarks.peers`."""
