@@ -1,6 +1,9 @@
 """femfed: federated learning on FEMNIST writers, simulated on one machine."""
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 
 __version__ = "0.1.0"
 
@@ -17,6 +20,21 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
 )
+
+
+@contextlib.contextmanager
+def without(*modules: str) -> Iterator[None]:
+    """Have libraries imported in the block find `modules` not installed, unless they are imported.
+
+    For what they import where it is there, and what is of no use here: it takes seconds.
+    """
+    absent = [name for name in modules if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 class UserError(ValueError):

@@ -26,7 +26,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
-from femfed import RunError
+from femfed import RunError, without
 from femfed.data.store import Writer, WriterStore
 from femfed.engine.federation import Federation, Writers
 from femfed.engine.memory import Memories
@@ -80,7 +80,8 @@ class Worker:
     def __init__(self, spec: str) -> None:
         # Here only: the driver imports this module and has no use for TensorFlow, which takes
         # seconds to import and hundreds of MiB.
-        from femfed.client import LocalTraining
+        with without("matplotlib", "pandas"):  # Keras's, for pictures and tables
+            from femfed.client import LocalTraining
 
         parts = json.loads(spec)
         self._seed, self._test_fraction = parts["seed"], parts["test_fraction"]

@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from femfed import Stopped, UserError
+from femfed import Stopped, UserError, without
 from femfed.engine.folders import OwnedFolder
 
 if TYPE_CHECKING:
@@ -204,16 +204,9 @@ def _available_memory() -> int:
 
 
 def _import() -> None:
-    """Import Flower; not TensorFlow, which it imports where there is one: workers need it only."""
-    absent = "tensorflow" not in sys.modules
-    if absent:
-        sys.modules["tensorflow"] = None  # type: ignore[assignment]  # as if it were not installed
-    try:
+    with without("tensorflow"):  # which workers need only
         for module in ("femfed.engine.apps", "flwr.simulation"):
             importlib.import_module(module)
-    finally:
-        if absent:
-            del sys.modules["tensorflow"]
 
 
 @contextlib.contextmanager
