@@ -128,6 +128,22 @@ def test_a_sweep_leaves_one_folder_a_run(tmp_path: Path) -> None:
     assert len({s["weights_sha256"] for s in summaries}) == 4
 
 
+def test_a_sweep_keeps_its_workers_and_its_runs_do_not_notice(tmp_path: Path) -> None:
+    sweep = [*TINY[:-1], "model=logistic,2nn", "strategy=fedavg,scaffold"]
+    done = run(tmp_path / "ray", "-m", *sweep, "engine.workers=2")
+    run(tmp_path / "inline", "-m", *sweep, "engine=inline")
+    assert done.stderr == ""
+    assert done.stdout.count("starting 2 workers") == 2  # one for each model
+    found = [hashes(tmp_path / name) for name in ("ray", "inline")]
+    assert len(set(found[0].values())) == 4
+    assert found[0] == found[1]
+
+
+def hashes(sweep: Path) -> dict[tuple[str, str], str]:
+    found = [summary(path.parent) for path in sweep.glob("*/summary.json")]
+    return {(each["strategy"], each["model"]): each["weights_sha256"] for each in found}
+
+
 @needs_real_data
 def test_real_leaf_files_run_and_start_from_the_store_the_second_time(tmp_path: Path) -> None:
     overrides = ["dataset=leaf", f"dataset.path={REAL_DATA}/leaf", "clients=28", "model=logistic"]
@@ -172,12 +188,18 @@ def test_a_signal_stops_the_run_and_leaves_nothing_behind(tmp_path, number, code
             assert process.poll() is None
             time.sleep(0.1)
         listening, shared = listeners(process.pid), shared_by(process.pid)
+        started = [line for line in family(process.pid).values() if "/ray/" in line]
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == code
     assert b"Traceback" not in stderr
     assert listening  # Ray's servers
     assert set(listening) <= LOOPBACK
+    # No reporter, which calls out even if told that it must not; no monitors.
+    assert any("/gcs_server" in line for line in started)
+    assert not [line for line in started if "dashboard.py" in line or "monitor.py" in line]
+    assert "libtensorflow" not in maps  # the driver has no use for it
     assert shared
     assert not any(path.exists() for path in shared)
     assert b"python simulate.py resume=" in stderr

@@ -1,0 +1,61 @@
+"""What `femfed.engine.ray` replaces in Ray while it starts, and what is imported without."""
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+from ray._private import parameter, services
+
+from femfed import without
+from femfed.engine import ray as engine
+from femfed.engine.folders import OwnedFolder
+
+
+def test_rays_parts_are_as_known() -> None:
+    names = set(inspect.signature(parameter.RayParams).parameters)
+    assert {"no_monitor", "include_log_monitor"} <= names
+    assert callable(services.start_api_server)
+
+
+def test_ray_starts_servers_only_inside_the_block() -> None:
+    stock = services.start_api_server, parameter.RayParams
+    with pytest.raises(RuntimeError), engine._servers_only():
+        assert services.start_api_server(True, raise_on_failure=True) == (None, None)
+        made = parameter.RayParams(num_cpus=1)
+        assert made.no_monitor
+        assert not made.include_log_monitor
+        raise RuntimeError
+    assert (services.start_api_server, parameter.RayParams) == stock
+
+
+def test_another_ray_starts_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other:
+        def __init__(self, num_cpus: int) -> None: ...
+
+    monkeypatch.setattr(parameter, "RayParams", Other)
+    monkeypatch.delattr(services, "start_api_server")
+    with engine._servers_only():
+        assert parameter.RayParams is Other
+        assert not hasattr(services, "start_api_server")
+
+
+def test_modules_are_missing_inside_the_block_only() -> None:
+    assert "this" not in sys.modules  # the Zen of Python, which nobody imports
+    with without("this", "json"), pytest.raises(ModuleNotFoundError):
+        importlib.import_module("this")
+    assert "this" not in sys.modules
+    assert importlib.import_module("json").loads("1") == 1
+    with without("json"):
+        assert importlib.import_module("json").loads("1") == 1  # imported before
+
+
+def test_a_folder_is_its_process_own_until_the_end(tmp_path: Path) -> None:
+    with OwnedFolder(tmp_path, "some-") as mine:
+        (mine.path / "file").touch()
+        with OwnedFolder(tmp_path, "some-") as other:
+            assert mine.path != other.path
+            assert mine.path.stat().st_mode & 0o077 == 0
+        assert sorted(path.name for path in mine.path.iterdir()) == ["file", "lock"]
+    assert list(tmp_path.iterdir()) == []
