@@ -32,7 +32,7 @@ from benchmarks.peers.environments import NotInstalledError, environment
 SCRIPTS = Path(__file__).parent
 ROOT = SCRIPTS.parents[1]
 CORES = len(os.sched_getaffinity(0))
-PRECISIONS = ["float32"]  # of femfed
+PRECISIONS = ["float32", "bfloat16"]  # of femfed; the first is compared with
 MOST_SECONDS = 240  # of the measured rounds of a pair, at least one of each
 
 
