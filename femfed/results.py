@@ -111,6 +111,7 @@ class Results:
         if finished.number % self._checkpoint_every == 0 or finished.is_last:
             about = {"dataset": self._store.folder.name, **self._versions}
             folder = self._folder / "checkpoint"
+            self._memories.sync(after=max(checkpoint.rounds(folder), default=0))
             checkpoint.save(
                 folder,
                 checkpoint.Checkpoint(finished.number, finished.weights, finished.state, about),

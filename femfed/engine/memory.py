@@ -50,6 +50,14 @@ class Memories:
                 newest[client] = max(newest[client], round)
         return newest
 
+    def sync(self, after: int) -> None:
+        """Have the disk hold what was kept after a round, before a checkpoint counts on it."""
+        paths = [self._path(client, round) for client, round in self._kept() if round > after]
+        for path in [*paths, *([self._folder] if paths else [])]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
     def prune(self, round: int) -> None:
         """Remove what is not needed by anyone who starts again after `round` or later."""
         kept = self._kept()
