@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -388,7 +389,6 @@ class GridWorkers:
         stop: set by whoever wants the run to stop.
         on_clients: called with (clients done, clients of the cohort) as replies come in.
         on_status: told of clients that are left out.
-        attempt: counts the engine's starts, so that a round run again starts new sums.
     """
 
     def __init__(
@@ -399,10 +399,11 @@ class GridWorkers:
         stop: threading.Event,
         on_clients: Callable[[int, int], None],
         on_status: Callable[[str], None],
-        attempt: int,
     ) -> None:
         self._job, self._grid, self._stop = job, grid, stop
-        self._on_clients, self._on_status, self._attempt = on_clients, on_status, attempt
+        self._on_clients, self._on_status = on_clients, on_status
+        # Workers outlive a run and an attempt at a round: what they loaded and added up has a name.
+        self._attempt = str(uuid4())
         self._peaks: dict[int, int] = {}
         self._outbox = outbox
         self._version = 0
@@ -649,7 +650,6 @@ class Run:
         on_clients: called with (clients done, clients of the cohort) during a round.
         on_status: called with what is going on before the first round or after a loss.
         finished: the last finished round.
-        attempts: how often the engine was started.
         peak_memory: sum of the workers' peak resident memory in bytes.
         save_as: file for the final model, None to save none.
         saved: whether that is done.
@@ -663,7 +663,6 @@ class Run:
     on_clients: Callable[[int, int], None]
     on_status: Callable[[str], None]
     finished: int = 0
-    attempts: int = 0
     peak_memory: int = 0
     save_as: Path | None = None
     saved: bool = False
@@ -745,10 +744,9 @@ def server_app(
 
 
 def _take_to_end(run: Run, folder: Path | None, grid: Grid, stop: threading.Event) -> None:
-    run.attempts += 1
     strategy, parameters = run.job.strategy, run.job.model.parameters
     with Outbox(folder, parameters, 1 + strategy.sends_extra, 1 + len(strategy.broadcasts)) as box:
-        workers = GridWorkers(run.job, grid, box, stop, run.on_clients, run.on_status, run.attempts)
+        workers = GridWorkers(run.job, grid, box, stop, run.on_clients, run.on_status)
         run.weights = weights = workers.start(run.weights, run.finished)
         run.state = state = strategy.init(weights) if run.state is None else run.state
         rounds = run_rounds(run.job.schedule, strategy, workers, weights, state, run.finished)
