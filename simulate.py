@@ -209,6 +209,14 @@ def fail(message: str, code: int) -> int:
     return code
 
 
+def end_engines() -> None:
+    """End the engine of a sweep's last run."""
+    if kept:
+        kept.clear()
+        with noise_to(Path(os.devnull)):
+            engines.close()
+
+
 def leave(stopped: Stopped) -> None:
     """End this process now: imports that other threads are at would take their seconds first."""
     engines.__exit__(type(stopped), stopped, None)
@@ -262,6 +270,7 @@ def main() -> None:
 
             for path in compare(sweep):
                 print(f"comparison in {os.path.relpath(path)}")
+        end_engines()
     except UserError as error:
         exit_codes.append(fail(str(error), 2))
     except (HydraException, OmegaConfBaseException) as error:
@@ -276,10 +285,7 @@ def main() -> None:
             raise
         exit_codes.append(fail(config.explain(error), 2))  # Hydra's parsers raise many kinds
     finally:
-        if kept:
-            with noise_to(Path(os.devnull)):
-                engines.close()
-            kept.clear()
+        end_engines()
     sys.exit(max(exit_codes, default=0))
 
 

@@ -69,7 +69,9 @@ def family(pid: int) -> dict[int, str]:
     parents, lines = {}, {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            parents[int(path.name)] = int(
+                (path / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
+            )
             lines[int(path.name)] = (path / "cmdline").read_text(errors="replace")
         except OSError:
             continue  # gone since

@@ -6,6 +6,7 @@ batches. What a client computes is a function of (global weights, writer, seed, 
 of nothing else, neither of the worker nor of who was trained before.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -127,7 +128,12 @@ class LocalTraining:
         """Save the global weights as a model of plain Keras, in float32 whatever the precision."""
         plain = self._model.build(self._seed)
         plain.set_weights([variable.numpy() for variable in self._global_weights])
-        plain.save(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.keras")
+        try:
+            plain.save(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def load_memory(self, vector: NDArray[np.float32] | None) -> None:
         """Take `vector` as what the next client remembers, None for a client that is new."""

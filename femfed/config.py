@@ -66,7 +66,7 @@ class EngineConfig:
 
     kind: str = _key("ray (Flower's Ray-backed engine) or inline (this process)")
     workers: int | None = _key("worker processes, one thread each; null is one per core", 1)
-    bundle: int | None = _key("clients a message; null cuts by the number of workers", 1)
+    bundle: int | None = _key("clients a message; null lets the workers take turns", 1)
     wire: str = _key("reference (shared files) or value (inside the Flower messages)")
 
 

@@ -143,7 +143,9 @@ class Dropouts:
             dtype=tf.uint64,
         )
         bits = tf.reshape(tf.reshape(tf.bitcast(drawn, width), [-1])[:size], tf.shape(x))
-        kept = tf.cast(bits >= tf.constant(round(rate * 2 ** (8 * width.size)), width), x.dtype)
+        values = 2 ** (8 * width.size)
+        threshold = tf.constant(min(round(rate * values), values - 1), width)
+        kept = tf.cast(bits >= threshold, x.dtype)
         return x * (kept * (1 / (1 - rate)))
 
 

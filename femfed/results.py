@@ -49,6 +49,7 @@ class Results:
         self._seconds = {"total": 0.0, "startup": 0.0, "train": 0.0, "evaluate": 0.0}
         self._versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         self._last: Round | None = None
+        self._synced = 0  # the last round whose memories are on the disk
 
     def rewind(self, rounds: int) -> checkpoint.Checkpoint | None:
         """Take the folder back to its newest sound checkpoint; None if there is none.
@@ -111,7 +112,8 @@ class Results:
         if finished.number % self._checkpoint_every == 0 or finished.is_last:
             about = {"dataset": self._store.folder.name, **self._versions}
             folder = self._folder / "checkpoint"
-            self._memories.sync(after=max(checkpoint.rounds(folder), default=0))
+            self._memories.sync(after=self._synced)
+            self._synced = finished.number
             checkpoint.save(
                 folder,
                 checkpoint.Checkpoint(finished.number, finished.weights, finished.state, about),

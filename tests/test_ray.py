@@ -1,15 +1,20 @@
 """What `femfed.engine.ray` replaces in Ray while it starts, and what is imported without."""
 
+import contextlib
 import importlib
 import inspect
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray._private import parameter, services
 
-from femfed import without
+from femfed import Stopped, without
+from femfed.engine import apps
 from femfed.engine import ray as engine
+from femfed.engine.apps import ClientError, LostWorkerError
 from femfed.engine.folders import OwnedFolder
 
 
@@ -59,3 +64,50 @@ def test_a_folder_is_its_process_own_until_the_end(tmp_path: Path) -> None:
             assert mine.path.stat().st_mode & 0o077 == 0
         assert sorted(path.name for path in mine.path.iterdir()) == ["file", "lock"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [ClientError("blamed"), LostWorkerError("again"), OSError("full")]
+)
+def test_an_engine_that_failed_serves_no_other_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    """A sweep goes on with another run; it has to find no engine rather than a dead one."""
+    ended: list[bool] = []
+
+    def federate(*_: Any) -> None:
+        raise LostWorkerError("lost") if isinstance(error, ClientError) else error
+
+    def blame(_: Any) -> None:
+        if isinstance(error, ClientError):
+            raise error
+
+    monkeypatch.setattr(engine, "_check_memory", lambda *_: None)
+    monkeypatch.setattr(apps, "travelling", lambda *_: contextlib.nullcontext())
+    ours = engine.RayEngine(1, by_value=False, parameters=1)
+    monkeypatch.setattr(ours, "_serving", lambda _: SimpleNamespace(federate=federate))
+    monkeypatch.setattr(ours, "_end", lambda: ended.append(True))
+    run: Any = SimpleNamespace(
+        job=SimpleNamespace(nodes=1), done=False, finished=0, blame=blame, on_status=print
+    )
+
+    with pytest.raises(type(error), match=str(error)):
+        ours.run(run, tmp_path)
+    assert len(ended) == (1 + engine.RESTARTS if isinstance(error, LostWorkerError) else 1)
+
+
+def test_an_end_that_is_interrupted_still_removes_what_ray_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed: list[Any] = []
+    monkeypatch.setattr(engine, "_check_memory", lambda *_: None)
+    ours = engine.RayEngine(1, by_value=False, parameters=1)
+    ours._ray.push(lambda kind, *_: closed.append(kind))
+
+    def interrupted() -> None:
+        raise Stopped(2)
+
+    monkeypatch.setattr(ours, "_end", interrupted)
+    with pytest.raises(Stopped):
+        ours.__exit__(None, None, None)
+    assert closed == [Stopped]

@@ -193,18 +193,18 @@ def train(message: Message, context: Context) -> Message:
                 training.load_memory(worker.memories.recall(client, version))
             epochs = 1 if strategy.pools else None
             outcome = training.train(writer, task["round"], client, epochs)
-            if strategy.averages:
-                weight = strategy.weight(outcome, task["most_steps"])
-                if task["drop"]:
-                    training.check(weight)
-                largest += training.fold(weight, total, first=fresh)
-                fresh, worker.folded = False, task["attempt"]
-            else:
+            weight = strategy.weight(outcome, task["most_steps"])
+            if not strategy.averages:
                 training.delta(updates[place])
+            elif task["drop"]:
+                training.check(weight)
             if strategy.remembers:
                 worker.memories.keep(client, task["round"], training.memory())
+            if strategy.averages:  # last: who is dropped has added nothing
+                largest += training.fold(weight, total, first=fresh)
+                fresh, worker.folded = False, task["attempt"]
         except Exception as error:
-            if not task["drop"]:
+            if not task["drop"] or isinstance(error, OSError):
                 worker.inbox.end_turns(message.content, task["turns"])
                 return _failed(message, writer, client, error)
             dropped.append(_named(writer, client, error))
@@ -380,7 +380,7 @@ def cut(sizes: NDArray[Any], workers: int, bundle: int | None) -> list[list[int]
 
 
 class GridWorkers:
-    """Trains and evaluates through Flower's grid: one bundle, one message, one node.
+    """Trains and evaluates through Flower's grid: one message a node, about a bundle or all turns.
 
     Args:
         job: the run.

@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -60,15 +61,23 @@ class RayEngine:
         # TensorFlow and Flower take seconds to import, Ray takes seconds to start: do both at once.
         imports = threading.Thread(target=_import)
         imports.start()
-        self._start()
-        imports.join()
+        try:
+            self._start()
+            imports.join()
+        except BaseException:
+            self._ray.__exit__(*sys.exc_info())
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         if kind is Stopped:
             self._ray.__exit__(kind, *error)  # at once, whatever Flower is at
-        else:
+            return
+        try:
             self._end()
+        except Stopped:
+            self._ray.__exit__(*sys.exc_info())
+            raise
 
     def run(self, run: "Run", folder: Path) -> None:
         """Take `run` to its end.
@@ -89,10 +98,10 @@ class RayEngine:
                 try:
                     self._serving(run.job.nodes).federate(run, shared)
                 except LostWorkerError as error:
+                    self._end()
                     run.blame(shared)
                     losses = losses + 1 if lost_at == run.finished else 1
                     lost_at = run.finished
-                    self._end()
                     if losses > RESTARTS:
                         raise
                     reason = str(error).splitlines()[0]
@@ -171,14 +180,14 @@ class _Flower:
                     backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
                 )
         except BaseException as error:
-            self._stop.set()  # the engine itself failed: let the ServerApp's thread go
-            self._ends.put(error)
+            self._ends.put(error)  # the engine itself failed
+            self._stop.set()  # let the ServerApp's thread go
 
 
 def _check_memory(workers: int, parameters: int) -> None:
     each = WORKER_MEMORY + PARAMETER_MEMORY * parameters
     available = _available_memory()
-    fit = max(0, (available - each) // each)  # the driver takes about as much as a worker
+    fit = max(0, (available - each) // each)  # the driver takes less than a worker
     if workers > fit:
         raise UserError(
             f"{workers} workers need about {(workers + 1) * each / 2**30:.1f} GiB of memory, of "
@@ -324,9 +333,10 @@ def _stoppable(folders: Callable[[], list[Path | None]]) -> Iterator[None]:
 
 def _remove(folder: Path) -> None:
     """End what is left of Ray, whose processes know their folder by name, and remove a folder."""
-    for pid in _descendants(PREFIX, *WORKERS):
-        _kill(pid)
-    while folder.exists():  # as long as one of them dies, it may write
+    deadline = time.monotonic() + PATIENCE
+    while folder.exists() and time.monotonic() < deadline:  # as long as one dies, it may write
+        for pid in _descendants(PREFIX, *WORKERS):
+            _kill(pid)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -336,7 +346,9 @@ def _descendants(*parts: str) -> list[int]:
     lines: dict[int, str] = {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # gone since
-            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            parents[int(path.name)] = int(
+                (path / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
+            )
             lines[int(path.name)] = (path / "cmdline").read_text(errors="replace")
     found = []
     for pid, line in lines.items():

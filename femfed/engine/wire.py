@@ -102,6 +102,13 @@ def take_turn(path: Path) -> int:
     return turn
 
 
+def end_turns(path: Path) -> None:
+    """Let nobody take another turn."""
+    with path.open("r+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(ENDED.to_bytes(8, "little"))
+
+
 def mapped(path: Path, size: int, dtype: DTypeLike, *, create: bool = False) -> NDArray[Any]:
     """Map `size` numbers of a shared file; a file made here has its pages reserved.
 
@@ -168,7 +175,7 @@ class Outbox:
     def end_turns(self) -> None:
         """Let no worker take another client."""
         if self._folder is not None:
-            self._turns.write_bytes(ENDED.to_bytes(8, "little"))
+            end_turns(self._turns)
 
     def reserve_updates(self, clients: int) -> None:
         """Make room for `clients` single updates, for strategies that do not average."""
@@ -274,7 +281,7 @@ class Inbox:
     def end_turns(self, content: RecordDict, turns: str) -> None:
         """Let no worker take another client."""
         if turns:
-            self._path(content, turns).write_bytes(ENDED.to_bytes(8, "little"))
+            end_turns(self._path(content, turns))
 
     def note(self, content: RecordDict, client: int) -> None:
         """Leave word of which client is being trained, in case this process does not survive it."""
