@@ -93,10 +93,11 @@ def floor(job: Job) -> Iterator[Callable[[], float]]:
     epoch and adds up the weighted deltas in the graph; nothing is sent anywhere.
     """
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(job.workers + 1)
+    count = min(job.workers, job.schedule.clients_per_round)
+    barrier = context.Barrier(count + 1)
     processes = [
         context.Process(target=_floor, args=(job, place, barrier), daemon=True)
-        for place in range(job.workers)
+        for place in range(count)
     ]
     for process in processes:
         process.start()
