@@ -332,10 +332,10 @@ def _stoppable(folders: Callable[[], list[Path | None]]) -> Iterator[None]:
 
 
 def _remove(folder: Path) -> None:
-    """End what is left of Ray, whose processes know their folder by name, and remove a folder."""
+    """End what is left of Ray, and remove a folder."""
     deadline = time.monotonic() + PATIENCE
     while folder.exists() and time.monotonic() < deadline:  # as long as one dies, it may write
-        for pid in _descendants(PREFIX, *WORKERS):
+        for pid in _descendants(PREFIX, "/ray/", *WORKERS):  # agents are told by their path
             _kill(pid)
         shutil.rmtree(folder, ignore_errors=True)
 
