@@ -469,7 +469,7 @@ WRITES = {
     "checkpoint": (r"run/checkpoint/", 2, 2),
     "the first checkpoint": (r"run/checkpoint/", 0, 0),
     "memory": (r"run/memory/", 5, 2),
-    "model.keras": (r"run/model\.keras", 0, 4),
+    "model.keras": (r"run/\.model\.keras", 0, 4),
     "writers.csv": (r"run/\.writers\.csv", 0, 4),
     "curves.png": (r"run/\.curves\.png", 0, 4),
     "writers.png": (r"run/\.writers\.png", 0, 4),
