@@ -178,23 +178,23 @@ def engine_of(
     by_value = cfg.engine.wire == "value"
     workers = cfg.engine.workers or len(os.sched_getaffinity(0))
     settings = (cfg.engine.kind, workers, by_value, model.parameters)
-    if settings not in kept:
-        kept.clear()
-        until.close()
-        if cfg.engine.kind == "inline":
-            from femfed.engine.inline import InlineEngine
+    if settings in kept:
+        return kept[settings]
+    kept.clear()
+    until.close()
+    if cfg.engine.kind == "inline":
+        from femfed.engine.inline import InlineEngine
 
-            choice: Any = InlineEngine()
-        else:
-            from femfed.engine.ray import RayEngine
+        choice: Any = InlineEngine()
+    else:
+        from femfed.engine.ray import RayEngine
 
-            choice = RayEngine(workers, by_value, model.parameters)
-        on_status(f"starting {choice.workers} workers")
-        engine = until.enter_context(choice)
-        if until is not engines:
-            return engine
+        choice = RayEngine(workers, by_value, model.parameters)
+    on_status(f"starting {choice.workers} workers")
+    engine = until.enter_context(choice)
+    if until is engines:
         kept[settings] = engine
-    return kept[settings]
+    return engine
 
 
 def how_to_resume(folder: Path) -> str:

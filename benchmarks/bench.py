@@ -86,17 +86,21 @@ def run(job: Job, on_round: Callable[[Round], None]) -> Run:
 
 
 @contextmanager
-def floor(job: Job) -> Iterator[Callable[[], float]]:
+def floor(job: Job, strategy: Strategy = FedAvg()) -> Iterator[Callable[[], float]]:  # noqa: B008
     """Yield a function that trains one cohort without a federation and returns its seconds.
 
     One single-threaded process per worker loops over its share of the cohort with the same compiled
     epoch and adds up the weighted deltas in the graph; nothing is sent anywhere.
+
+    Args:
+        job: whose clients.
+        strategy: what they compute; a strategy that pools its clients' images has one process.
     """
     context = multiprocessing.get_context("spawn")
-    count = min(job.workers, job.schedule.clients_per_round)
+    count = 1 if strategy.pools else min(job.workers, job.schedule.clients_per_round)
     barrier = context.Barrier(count + 1)
     processes = [
-        context.Process(target=_floor, args=(job, place, barrier), daemon=True)
+        context.Process(target=_floor, args=(job, strategy, place, count, barrier), daemon=True)
         for place in range(count)
     ]
     for process in processes:
@@ -117,12 +121,12 @@ def floor(job: Job) -> Iterator[Callable[[], float]]:
             process.join()
 
 
-def _floor(job: Job, place: int, barrier: Barrier) -> None:
+def _floor(job: Job, strategy: Strategy, place: int, count: int, barrier: Barrier) -> None:
     import tensorflow as tf
 
     from femfed.client import LocalTraining
 
-    training = LocalTraining(job.model, Strategy(), job.local, 0, job.precision)
+    training = LocalTraining(job.model, strategy, job.local, 0, job.precision)
     weights = [variable.value for variable in training.model.trainable_variables]
     start = [tf.Variable(weight) for weight in weights]
     total = [tf.Variable(tf.zeros_like(weight)) for weight in weights]
@@ -132,7 +136,7 @@ def _floor(job: Job, place: int, barrier: Barrier) -> None:
         for sums, weight, origin in zip(total, weights, start, strict=True):
             sums.assign_add(examples * (weight - origin))
 
-    mine = range(place, job.schedule.clients_per_round, job.workers)
+    mine = range(place, job.schedule.clients_per_round, count)
     writers = [job.store.writer(index, job.test_fraction, 0) for index in mine]
     training.train(writers[0], 0, 0)
     fold(tf.constant(1.0))

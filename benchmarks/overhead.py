@@ -2,19 +2,22 @@
 
     python -m benchmarks.overhead
     python -m benchmarks.overhead --models cnn --clients 10 --rounds 20
-    python -m benchmarks.overhead --clients 10 --strategies all --quickstart-clients
-    python -m benchmarks.overhead --clients 1 2 5 10 30 100 300 1000
+    python -m benchmarks.overhead --clients 10 30 --strategies all --rounds 3
+    python -m benchmarks.overhead --clients 1 2 5 10 30 100 300 1000 --quickstart-clients
 
 Prints, per model, cohort and strategy, the medians of: floor (one single-threaded process per core,
-same clients, same compiled epoch, weighted deltas added up, no federation, whatever the strategy),
-round (femfed on Flower's Ray-backed engine), and their ratio round by round; a floor round is run
-right after every round, so that both see the same machine. The last columns are the pattern of
-Flower's TensorFlow quickstart in the same run, a model built and fitted for every client message:
-with Flower's default of two CPUs a client, and with one CPU and one thread each, which suits it
-better on few cores.
+same clients, FedAvg's compiled epoch, weighted deltas added up, no federation, whatever the
+strategy), round (femfed on Flower's Ray-backed engine), and their ratio round by round; a floor
+round is run right after every round, so that both see the same machine. Where a strategy has its
+clients compute something else than FedAvg, a second model, say, one more floor computes just that,
+and `round/own floor` is the engine's share; `=` where they compute the same. The last columns are
+the pattern of Flower's TensorFlow quickstart in the same run, a model built and fitted for every
+client message: with Flower's default of two CPUs a client, and with one CPU and one thread each,
+which suits it better on few cores.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import subprocess
@@ -22,6 +25,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.bench import CORES, MODELS, equal_writers, floor, job, run, temporary_cache
 from femfed import config
@@ -30,26 +34,46 @@ from femfed.engine.rounds import Round
 from femfed.strategies.base import Strategy
 
 WARM_UP = 2  # rounds: the first traces, the second touches all memory
+CLIENTS_HALF = ("begin", "phases", "correct_gradients", "finish", "correct_personal_gradients")
+
+Seconds = NDArray[np.float64]
+
+
+def trains_as_fedavg(strategy: Strategy) -> bool:
+    """Return whether the strategy's clients compute what FedAvg's do."""
+    same = all(getattr(type(strategy), name) is getattr(Strategy, name) for name in CLIENTS_HALF)
+    return same and not strategy.needs and not strategy.pools
 
 
 def measure(
-    model: str, clients: int, strategy: Strategy, rounds: int, folder: Path
-) -> tuple[list[float], list[float]]:
-    """Return seconds of femfed's rounds and of the floor's, pair by pair."""
+    engine: RayEngine, model: str, clients: int, strategy: Strategy, rounds: int, folder: Path
+) -> tuple[Seconds, Seconds, Seconds]:
+    """Return seconds of femfed's rounds, of the floor's and of the strategy's own floor's.
+
+    Args:
+        engine: runs them.
+        model: which of `MODELS`.
+        clients: of the cohort, which is everybody.
+        strategy: theirs.
+        rounds: to measure.
+        folder: for the images and the runs.
+    """
     store = equal_writers(folder, clients)
     work = job(store, MODELS[model], clients, rounds + WARM_UP + 1, strategy=strategy)
-    seconds: list[float] = []
-    bare: list[float] = []
+    found: list[tuple[float, ...]] = []
 
-    with floor(work) as floor_round, RayEngine(CORES, False, MODELS[model].parameters) as engine:
+    with contextlib.ExitStack() as floors:
+        bare = [floors.enter_context(floor(work))]
+        if not trains_as_fedavg(strategy):
+            bare.append(floors.enter_context(floor(work, strategy)))
 
         def on_round(finished: Round) -> None:
             if WARM_UP < finished.number <= WARM_UP + rounds:
-                seconds.append(finished.seconds_total)
-                bare.append(floor_round())
+                found.append((finished.seconds_total, *(once() for once in bare)))
 
         engine.run(run(work, on_round), folder)
-    return seconds, bare
+    seconds = np.array(found)
+    return seconds[:, 0], seconds[:, 1], seconds[:, -1]
 
 
 def quickstart(model: str, clients: int, cpus: int) -> float:
@@ -57,6 +81,12 @@ def quickstart(model: str, clients: int, cpus: int) -> float:
     command = [sys.executable, "-m", "benchmarks.quickstart", model, str(clients), "3", str(cpus)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(np.median(json.loads(done.stdout.splitlines()[-1])))
+
+
+def ratio(rounds: Seconds, bare: Seconds) -> str:
+    """Return the median ratio and its range."""
+    ratios = rounds / bare
+    return f"{np.median(ratios):.3f} ({ratios.min():.3f}-{ratios.max():.3f})"
 
 
 def main() -> None:
@@ -74,26 +104,30 @@ def main() -> None:
     print(
         f"{CORES} cores, 180 images a client, batch 20, 1 epoch, up to {options.rounds} rounds each"
     )
-    print(f"{'quickstart/round':>112}")
+    print(f"{'quickstart/round':>138}")
     print(
-        "model      clients  strategy              floor s  round s  round/floor (min-max)"
-        "    as documented  1 CPU each"
+        "model      clients  strategy               floor s  round s  round/floor (min-max)  "
+        "round/own floor (min-max)     as documented  1 CPU each"
     )
-    for model, clients, name in itertools.product(options.models, options.clients, names):
-        strategy = config.make(config.compose([f"strategy={name}"]).strategy, "strategy")
-        pairs = max(2, options.rounds * 100 // max(100, clients))
-        with temporary_cache() as folder:
-            rounds, bare = measure(model, clients, strategy, pairs, Path(folder))
-        ratios = np.array(rounds) / np.array(bare)
-        line = (
-            f"{model:<10} {clients:>7}  {name:<20}  {np.median(bare):>7.3f}  "
-            f"{np.median(rounds):>7.3f}  {np.median(ratios):>11.3f} "
-            f"({ratios.min():.3f}-{ratios.max():.3f})"
-        )
-        if clients in options.quickstart_clients and name == "fedavg":
-            for cpus in (2, 1):
-                line += f"  {quickstart(model, clients, cpus) / np.median(rounds):>13.1f}"
-        print(line, flush=True)
+    for model in options.models:
+        with RayEngine(CORES, False, MODELS[model].parameters) as engine:
+            for clients, name in itertools.product(options.clients, names):
+                strategy = config.make(config.compose([f"strategy={name}"]).strategy, "strategy")
+                pairs = max(2, options.rounds * 100 // max(100, clients))
+                with temporary_cache() as folder:
+                    rounds, bare, own = measure(
+                        engine, model, clients, strategy, pairs, Path(folder)
+                    )
+                line = (
+                    f"{model:<10} {clients:>7}  {name:<21}  {np.median(bare):>7.3f}  "
+                    f"{np.median(rounds):>7.3f}  {ratio(rounds, bare):>21}  "
+                    f"{'=' if trains_as_fedavg(strategy) else ratio(rounds, own):>25}"
+                )
+                if clients in options.quickstart_clients and name == "fedavg":
+                    for cpus in (2, 1):
+                        times = quickstart(model, clients, cpus) / np.median(rounds)
+                        line += f"  {times:>13.1f}"
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

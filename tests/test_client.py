@@ -116,6 +116,22 @@ def test_writers_of_every_size_share_one_trace() -> None:
 # the mathematics
 
 
+def assert_trains_as_by_hand(
+    training: LocalTraining, model: Model, local: Local, examples: int
+) -> None:
+    writer = a_writer(examples, held_out=5)
+
+    outcome = training.train(writer, 3, 8)
+    vector = np.empty(training.parameters, np.float32)
+    training.delta(vector)
+
+    expected, loss_sum, correct = by_hand(model, local, writer, 3, 8)
+    np.testing.assert_allclose(vector, expected, atol=1e-6, rtol=0)
+    assert np.abs(expected).max() > 1e-3
+    assert (outcome.examples, outcome.correct) == (examples, correct)
+    assert outcome.loss_sum == pytest.approx(loss_sum, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("model", "local"),
     [
@@ -130,18 +146,7 @@ def test_writers_of_every_size_share_one_trace() -> None:
     ],
 )
 def test_training_equals_a_plain_loop(model: Model, local: Local) -> None:
-    writer = a_writer(45, held_out=5)  # two batches of 20 and one of 5
-    training = make(local, model)
-
-    outcome = training.train(writer, 3, 8)
-    vector = np.empty(training.parameters, np.float32)
-    training.delta(vector)
-
-    expected, loss_sum, correct = by_hand(model, local, writer, 3, 8)
-    np.testing.assert_allclose(vector, expected, atol=1e-6, rtol=0)
-    assert np.abs(expected).max() > 1e-3
-    assert (outcome.examples, outcome.correct) == (45, correct)
-    assert outcome.loss_sum == pytest.approx(loss_sum, rel=1e-5)
+    assert_trains_as_by_hand(make(local, model), model, local, examples=45)  # 20, 20 and 5
 
 
 @pytest.mark.parametrize(
@@ -156,18 +161,9 @@ def test_training_equals_a_plain_loop(model: Model, local: Local) -> None:
 )
 @pytest.mark.parametrize("examples", [1, 20, 45])
 def test_deferred_steps_equal_a_plain_loop(model: Model, local: Local, examples: int) -> None:
-    writer, training = a_writer(examples, held_out=5), make(local, model)
+    training = make(local, model)
     assert len(training._deferred) == 1
-
-    outcome = training.train(writer, 3, 8)
-    vector = np.empty(training.parameters, np.float32)
-    training.delta(vector)
-
-    expected, loss_sum, correct = by_hand(model, local, writer, 3, 8)
-    np.testing.assert_allclose(vector, expected, atol=1e-6, rtol=0)
-    assert np.abs(expected).max() > 1e-3
-    assert (outcome.examples, outcome.correct) == (examples, correct)
-    assert outcome.loss_sum == pytest.approx(loss_sum, rel=1e-5)
+    assert_trains_as_by_hand(training, model, local, examples)
 
 
 @pytest.mark.parametrize("model", [TWO_LAYERS, WIDE, CNN(True, 0.0, 0.0), PooledCNN(True, 64)])

@@ -299,21 +299,27 @@ def resumed(started: Started, *overrides: str) -> dict[str, Any]:
 # Stop means stop ----------------------------------------------------------------------------------
 
 
+def assert_ends_at(number: signal.Signals, run: Started) -> None:
+    """Stop a run, which has to leave nothing but the line that says how to go on."""
+    seconds = run.stop(number)
+
+    print(f"{seconds:.1f} s from {number.name} to the end")
+    assert run.process.returncode == 128 + number
+    assert seconds < 30
+    assert run.shared
+    assert run.left() == []
+    (line,) = run.err.splitlines()
+    assert line.startswith("error: stopped; no finished round is lost: ")
+
+
 def test_ctrl_c_ends_all_and_its_line_gives_the_undisturbed_result(
     start: Start, undisturbed: Undisturbed
 ) -> None:
     run = start(*STOPPABLE)
     run.until(lambda run: run.rounds >= 3)
 
-    seconds = run.stop(signal.SIGINT)
+    assert_ends_at(signal.SIGINT, run)
 
-    print(f"{seconds:.1f} s from Ctrl-C to the end")
-    assert run.process.returncode == 130
-    assert seconds < 30
-    assert run.shared
-    assert run.left() == []
-    (line,) = run.err.splitlines()
-    assert line.startswith("error: stopped; no finished round is lost: ")
     assert 3 <= run.rounds < 24
     again = start(*how_to_resume(run.err))
     assert again.process.wait(timeout=LONG) == 0, again.err
@@ -325,15 +331,8 @@ def test_sigterm_ends_a_run_in_one_process_alike(start: Start, undisturbed: Undi
     run = start(*STOPPABLE, "engine=inline")
     run.until(lambda run: run.rounds >= 3)
 
-    seconds = run.stop(signal.SIGTERM)
+    assert_ends_at(signal.SIGTERM, run)
 
-    print(f"{seconds:.1f} s from SIGTERM to the end")
-    assert run.process.returncode == 143
-    assert seconds < 30
-    assert run.shared
-    assert run.left() == []
-    (line,) = run.err.splitlines()
-    assert line.startswith("error: stopped; no finished round is lost: ")
     assert resumed(run) == undisturbed(*LONGER)
 
 

@@ -158,8 +158,7 @@ def save(message: Message, context: Context) -> Message:
     try:
         worker.training.save(Path(task["path"]))
     except OSError as error:
-        failure = ConfigRecord({"error": str(error), "trace": "", "is_os_error": True})
-        return Message(RecordDict({"failure": failure}), reply_to=message)
+        return _failed(message, str(error), error)
     worker.inbox.ring(message.content)
     return _reply(message, context, {})
 
@@ -206,7 +205,7 @@ def train(message: Message, context: Context) -> Message:
         except Exception as error:
             if not task["drop"] or isinstance(error, OSError):
                 worker.inbox.end_turns(message.content, task["turns"])
-                return _failed(message, writer, client, error)
+                return _failed(message, _named(writer, client, error), error)
             dropped.append(_named(writer, client, error))
             continue
         places.append(place)
@@ -255,11 +254,14 @@ def _reply(message: Message, context: Context, columns: dict[str, Any]) -> Messa
     return Message(RecordDict({"outcome": ConfigRecord({**about, **columns})}), reply_to=message)
 
 
-def _failed(message: Message, writer: Writer, client: int, error: Exception) -> Message:
+def _failed(message: Message, text: str, error: Exception) -> Message:
     trace = "" if isinstance(error, DivergedError | OSError) else traceback.format_exc()
-    about = {"error": _named(writer, client, error), "trace": trace}
-    failure = ConfigRecord({**about, "is_os_error": isinstance(error, OSError)})
-    return Message(RecordDict({"failure": failure}), reply_to=message)
+    about: dict[str, Any] = {
+        "error": text,
+        "trace": trace,
+        "is_os_error": isinstance(error, OSError),
+    }
+    return Message(RecordDict({"failure": ConfigRecord(about)}), reply_to=message)
 
 
 def _named(writer: Writer, client: int, error: Exception | str) -> str:
@@ -674,8 +676,8 @@ class Run:
         strategy = self.job.strategy
         updates = 0 if strategy.averages else self.job.schedule.clients_per_round
         sent, summed = 1 + len(strategy.broadcasts), 1 + strategy.sends_extra
-        parameters = self.job.model.parameters
-        return parameters * (4 * sent + 8 * summed * self.job.workers + 4 * updates)
+        each = 4 * sent + 8 * summed * self.job.workers + 4 * updates
+        return each * self.job.model.parameters
 
     @property
     def done(self) -> bool:

@@ -230,7 +230,6 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
     os.environ.update(RAY_worker_niceness="0")  # Ray's 15 would let every other program go first
     import ray
 
-    owned = OwnedFolder(Path(tempfile.gettempdir()), PREFIX)
     on_sigterm, stopped = signal.getsignal(signal.SIGTERM), False
     python_path = os.environ.get("PYTHONPATH")
     # Workers import femfed as this process does, wherever it is started from.
@@ -239,38 +238,38 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
     flower = logging.getLogger("flwr")
     level = flower.level
     flower.setLevel(logging.CRITICAL + 1)
-    try:
+    with OwnedFolder(Path(tempfile.gettempdir()), PREFIX) as owned:
         try:
-            with _servers_only():
-                ray.init(
-                    address="local",
-                    num_cpus=workers,
-                    num_gpus=0,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    configure_logging=False,
-                    logging_level=logging.CRITICAL,
-                    object_store_memory=object_store,
-                    _temp_dir=str(owned.path),
-                )
-        except SystemExit:  # what Ray makes of a SIGTERM while it starts
-            raise Stopped(signal.SIGTERM) from None
+            try:
+                with _servers_only():
+                    ray.init(
+                        address="local",
+                        num_cpus=workers,
+                        num_gpus=0,
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        configure_logging=False,
+                        logging_level=logging.CRITICAL,
+                        object_store_memory=object_store,
+                        _temp_dir=str(owned.path),
+                    )
+            except SystemExit:  # what Ray makes of a SIGTERM while it starts
+                raise Stopped(signal.SIGTERM) from None
+            finally:
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in this place
+            yield owned.path
+        except Stopped:
+            stopped = True
+            raise
         finally:
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in this place
-        yield owned.path
-    except Stopped:
-        stopped = True
-        raise
-    finally:
-        if not stopped:  # else this process ends now, and Ray would take its seconds
-            ray.shutdown()
-        _remove(owned.path)
-        owned.__exit__()
-        flower.setLevel(level)
-        if python_path is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = python_path
+            if not stopped:  # else this process ends now, and Ray would take its seconds
+                ray.shutdown()
+            _remove(owned.path)
+            flower.setLevel(level)
+            if python_path is None:
+                del os.environ["PYTHONPATH"]
+            else:
+                os.environ["PYTHONPATH"] = python_path
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from femfed import UserError
 from femfed.strategies.base import Strategy, Update, Weights
 from femfed.strategies.columns import (
+    by_coordinate,
     check_byzantine,
-    columns,
     krum_scores,
     squared_distances,
     withstood,
@@ -60,13 +60,12 @@ class Bulyan(Strategy):
         updates = sorted(updates, key=lambda update: update.client)
         squared = squared_distances(updates)
         chosen = self._chosen(squared, byzantine, len(updates) - 2 * byzantine)
-        delta = [np.empty(layer.shape, np.float32) for layer in updates[0].delta]
-        for layer, part, values in columns([updates[i] for i in chosen]):
+
+        def mean_around_median(values: NDArray[np.float32]) -> NDArray[np.float64]:
             values.sort(axis=1)
-            delta[layer].reshape(-1)[part] = _mean_around_median(
-                values.astype(np.float64), 2 * byzantine
-            )
-        return delta
+            return _mean_around_median(values, 2 * byzantine)
+
+        return by_coordinate([updates[i] for i in chosen], mean_around_median)
 
     def _chosen(self, squared: NDArray[np.float64], byzantine: int, theta: int) -> list[int]:
         if not self.rescored:
@@ -80,11 +79,11 @@ class Bulyan(Strategy):
         return chosen
 
 
-def _mean_around_median(values: NDArray[np.float64], far: int) -> NDArray[np.float64]:
+def _mean_around_median(values: NDArray[np.float32], far: int) -> NDArray[np.float64]:
     """Return each row's mean without the `far` values farthest from its median.
 
-    In a sorted row the closest values are neighbours, and those of the k-th smallest and the
-    (k + closest)-th only one is among them.
+    In a sorted row the closest values are neighbours. Of the k-th smallest and the (k + closest)-th
+    one is among them; it is the upper one for every k below their first.
 
     Args:
         values: [coordinates, clients], rows in ascending order.
@@ -92,10 +91,8 @@ def _mean_around_median(values: NDArray[np.float64], far: int) -> NDArray[np.flo
     """
     n = values.shape[1]
     closest = n - far
-    median = values[:, [(n - 1) // 2, n // 2]].mean(axis=1, keepdims=True)
+    median = values[:, [(n - 1) // 2, n // 2]].mean(axis=1, keepdims=True, dtype=np.float64)
     upper = median - values[:, :far] > values[:, closest:] - median
-    kept = np.ones(values.shape, bool)
-    kept[:, :far] &= ~upper
-    kept[:, closest:] &= upper
-    mean: NDArray[np.float64] = np.where(kept, values, 0.0).sum(axis=1) / closest
+    kept = upper.sum(axis=1, keepdims=True) + np.arange(closest)
+    mean: NDArray[np.float64] = np.take_along_axis(values, kept, 1).mean(axis=1, dtype=np.float64)
     return mean

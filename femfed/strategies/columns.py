@@ -3,57 +3,105 @@
 The updates coordinate by coordinate, their distances, Krum's scores, how many clients may lie.
 """
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from femfed import UserError
-from femfed.strategies.base import Update
+from femfed.strategies.base import Update, Weights
 
 _PART = 2**18  # values handled at a time
+_AT_ONCE = 16  # parts whose inner products are added up at a time
+
+_Part = tuple[int, slice]  # a layer, and a piece of it flattened
 
 
-def columns(
-    updates: Sequence[Update],
-) -> Iterator[tuple[int, slice, NDArray[np.float32]]]:
-    """Yield the updates side by side, part by part.
+def by_coordinate(
+    updates: Sequence[Update], rule: Callable[[NDArray[np.float32]], NDArray[np.floating[Any]]]
+) -> Weights:
+    """Return what `rule` makes of the updates, coordinate by coordinate, on all cores.
 
-    Values of one coordinate lie together, in a copy of at most 2^18 values (or one coordinate of
-    all clients) that is small enough for the processor's cache: memory grows neither with the
-    model nor with the clients.
+    Memory grows neither with the model nor with the clients: at most 2^18 values a core (or one
+    coordinate of all clients) are copied at a time, few enough for its cache.
 
     Args:
         updates: of n clients, at least one.
-
-    Yields:
-        A layer's number, a slice of that layer flattened, and that part of the updates,
-        `[coordinates, n]`, clients in the order given. The array is the caller's to overwrite.
+        rule: given values `[coordinates, n]`, those of a coordinate together and clients in the
+            order given, its own to overwrite; returns `[coordinates]`. Called from many threads.
     """
-    step = max(1, _PART // len(updates))
-    for layer, arrays in enumerate(zip(*(update.delta for update in updates), strict=True)):
-        rows = [array.reshape(-1) for array in arrays]
-        for start in range(0, rows[0].size, step):
-            part = slice(start, start + step)
-            yield layer, part, np.stack([row[part] for row in rows], axis=1)
+    made = [np.empty(layer.shape, np.float32) for layer in updates[0].delta]
+    scratch = _Scratch()
+
+    def fill(part: _Part) -> None:
+        layer, piece = part
+        rows = scratch.rows(updates, part, np.float32)
+        columns = scratch.array("columns", rows.shape[::-1], np.float32)
+        np.copyto(columns, rows.T)
+        made[layer].reshape(-1)[piece] = rule(columns)
+
+    with _all_cores() as each:
+        list(each(fill, _parts(updates)))
+    return made
+
+
+def weighted_mean(updates: Sequence[Update], weights: NDArray[np.float64]) -> Weights:
+    """Return the sum of the updates times their weights, summed in float64, on all cores.
+
+    Args:
+        updates: of n clients, at least one.
+        weights: `[n]`, of sum 1.
+    """
+    made = [np.empty(layer.shape, np.float32) for layer in updates[0].delta]
+    scratch = _Scratch()
+
+    def fill(part: _Part) -> None:
+        layer, piece = part
+        made[layer].reshape(-1)[piece] = weights @ scratch.rows(updates, part, np.float64)
+
+    with _all_cores() as each:
+        list(each(fill, _parts(updates)))
+    return made
 
 
 def gram_matrix(updates: Sequence[Update]) -> NDArray[np.float64]:
-    """Return the inner products of the updates' differences from their middle, `[n, n]`.
+    """Return the inner products of the updates as seen from an origin near them, `[n, n]`.
 
-    The origin is a value from the middle of every coordinate, not the mean, which a single far
-    client would carry off: honest updates stay near it, and nothing of their distances cancels in
-    float64. Besides the result, memory is that of a few copies of a part.
+    The origin is zero, the global weights, near which updates are. Where the distance of two is a
+    thousandth or less of their norms, it would cancel in float64, and the origin is a value from
+    the middle of every coordinate instead: not the mean, which a single far client would carry
+    off. Besides the result, memory is that of a few copies of a part a core.
 
     Args:
         updates: of n clients, at least one.
     """
-    gram = np.zeros((len(updates), len(updates)))
-    for _, _, values in columns(updates):
-        middle = np.sort(values, axis=1)[:, len(updates) // 2, None]
-        centred = values - middle.astype(np.float64)
-        gram += centred.T @ centred
-    return gram
+    gram = _gram_matrix(updates, centred=False)
+    norms = np.diag(gram)[:, None] + np.diag(gram)
+    near = norms - 2 * gram < 1e-6 * norms
+    np.fill_diagonal(near, False)
+    return _gram_matrix(updates, centred=True) if near.any() else gram
+
+
+def _gram_matrix(updates: Sequence[Update], centred: bool) -> NDArray[np.float64]:
+    parts, scratch = _parts(updates), _Scratch()
+
+    def add_up(some: Sequence[_Part]) -> NDArray[np.float64]:
+        gram = np.zeros((len(updates), len(updates)))
+        for part in some:
+            values = scratch.rows(updates, part, np.float64)
+            if centred:
+                values -= np.sort(values.T, axis=1)[:, len(updates) // 2]
+            gram += values @ values.T
+        return gram
+
+    with _all_cores() as each:  # in a fixed order, whatever the cores
+        sums = each(add_up, [parts[i : i + _AT_ONCE] for i in range(0, len(parts), _AT_ONCE)])
+        return sum(sums, np.zeros((len(updates), len(updates))))
 
 
 def squared_distances(updates: Sequence[Update]) -> NDArray[np.float64]:
@@ -126,3 +174,41 @@ def withstood(byzantine: int | None, n: int, each: int) -> int:
             f"least {least}: raise clients_per_round (clients may fail) or lower byzantine"
         )
     return byzantine
+
+
+def _parts(updates: Sequence[Update]) -> list[_Part]:
+    step = max(1, _PART // len(updates))
+    return [
+        (layer, slice(start, start + step))
+        for layer, array in enumerate(updates[0].delta)
+        for start in range(0, array.size, step)
+    ]
+
+
+class _Scratch(threading.local):
+    """A thread's arrays, kept from part to part: fresh memory costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, NDArray[Any]] = {}
+
+    def array(self, name: str, shape: tuple[int, int], dtype: Any) -> NDArray[Any]:
+        """Return an array of whatever values, overwritten when `name` is asked for again."""
+        size = shape[0] * shape[1]
+        if name not in self._kept or self._kept[name].size < size:
+            self._kept[name] = np.empty(size, dtype)
+        return self._kept[name][:size].reshape(shape)
+
+    def rows(self, updates: Sequence[Update], part: _Part, dtype: Any) -> NDArray[Any]:
+        """Return a copy of a part of every update, `[n, coordinates]`."""
+        pieces = [update.delta[part[0]].reshape(-1)[part[1]] for update in updates]
+        values = self.array("rows", (len(pieces), pieces[0].size), dtype)
+        for row, piece in zip(values, pieces, strict=True):
+            row[:] = piece
+        return values
+
+
+@contextlib.contextmanager
+def _all_cores() -> Iterator[Callable[..., Iterator[Any]]]:
+    """Yield a `map` that works on all cores: NumPy lets go of the interpreter in long loops."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield pool.map

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from femfed.strategies.base import Strategy, Update, Weights
-from femfed.strategies.columns import columns
+from femfed.strategies.columns import by_coordinate
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,11 @@ class FedMedian(Strategy):
 
     def aggregate(self, updates: Sequence[Update]) -> Weights:
         """Return the coordinate-wise median."""
-        delta = [np.empty(layer.shape, np.float32) for layer in updates[0].delta]
         low, high = (len(updates) - 1) // 2, len(updates) // 2
-        for layer, part, values in columns(updates):
+
+        def median(values: NDArray[np.float32]) -> NDArray[np.float64]:
             values.sort(axis=1)
-            delta[layer].reshape(-1)[part] = values[:, [low, high]].mean(axis=1, dtype=np.float64)
-        return delta
+            middle: NDArray[np.float64] = values[:, [low, high]].mean(axis=1, dtype=np.float64)
+            return middle
+
+        return by_coordinate(updates, median)

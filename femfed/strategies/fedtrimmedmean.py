@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from femfed import UserError
 from femfed.strategies.base import Strategy, Update, Weights
-from femfed.strategies.columns import columns
+from femfed.strategies.columns import by_coordinate
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,12 @@ class FedTrimmedMean(Strategy):
 
     def aggregate(self, updates: Sequence[Update]) -> Weights:
         """Return the coordinate-wise trimmed mean."""
-        delta = [np.empty(layer.shape, np.float32) for layer in updates[0].delta]
         n = len(updates)
         cut = min(int(self.trim_fraction * n + 1e-9), (n - 1) // 2)
-        for layer, part, values in columns(updates):
+
+        def trimmed_mean(values: NDArray[np.float32]) -> NDArray[np.float64]:
             values.sort(axis=1)
-            delta[layer].reshape(-1)[part] = values[:, cut : n - cut].mean(axis=1, dtype=np.float64)
-        return delta
+            mean: NDArray[np.float64] = values[:, cut : n - cut].mean(axis=1, dtype=np.float64)
+            return mean
+
+        return by_coordinate(updates, trimmed_mean)

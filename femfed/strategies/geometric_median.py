@@ -7,7 +7,7 @@ import numpy as np
 
 from femfed import UserError
 from femfed.strategies.base import Strategy, Update, Weights
-from femfed.strategies.columns import columns, gram_matrix
+from femfed.strategies.columns import gram_matrix, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,6 @@ class GeometricMedian(Strategy):
         share = np.array([u.examples if self.by_examples else 1 for u in updates], np.float64)
         share /= share.sum()
         weights = share
-        delta = [np.empty(layer.shape, np.float32) for layer in updates[0].delta]
         gram = gram_matrix(updates) if self.iterations else np.zeros(0)
         for _ in range(self.iterations):
             # ||sum_k w_k x_k - x_i||^2, with sum_k w_k = 1
@@ -72,6 +71,4 @@ class GeometricMedian(Strategy):
             squared = weights @ inner - 2 * inner + np.diag(gram)
             weights = share / np.maximum(np.sqrt(np.maximum(squared, 0.0)), self.smoothing)
             weights /= weights.sum()
-        for layer, part, values in columns(updates):
-            delta[layer].reshape(-1)[part] = values @ weights
-        return delta
+        return weighted_mean(updates, weights)

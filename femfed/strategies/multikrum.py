@@ -9,9 +9,9 @@ from femfed import UserError
 from femfed.strategies.base import Strategy, Update, Weights
 from femfed.strategies.columns import (
     check_byzantine,
-    columns,
     krum_scores,
     squared_distances,
+    weighted_mean,
     withstood,
 )
 
@@ -73,8 +73,4 @@ class MultiKrum(Strategy):
         scores = krum_scores(squared_distances(updates), byzantine)
         best = [updates[i] for i in np.sort(np.argsort(scores, kind="stable")[:selected])]
         weights = np.array([u.examples if self.by_examples else 1 for u in best], np.float64)
-        weights /= weights.sum()
-        delta = [np.empty(layer.shape, np.float32) for layer in updates[0].delta]
-        for layer, part, values in columns(best):
-            delta[layer].reshape(-1)[part] = values @ weights
-        return delta
+        return weighted_mean(best, weights / weights.sum())
