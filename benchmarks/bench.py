@@ -90,7 +90,8 @@ def floor(job: Job, strategy: Strategy = FedAvg()) -> Iterator[Callable[[], floa
     """Yield a function that trains one cohort without a federation and returns its seconds.
 
     One single-threaded process per worker loops over its share of the cohort with the same compiled
-    epoch and adds up the weighted deltas in the graph; nothing is sent anywhere.
+    epoch and adds up what clients would send in the graph; nothing is sent anywhere, and what
+    clients remember is kept in memory.
 
     Args:
         job: whose clients.
@@ -129,12 +130,15 @@ def _floor(job: Job, strategy: Strategy, place: int, count: int, barrier: Barrie
     training = LocalTraining(job.model, strategy, job.local, 0, job.precision)
     weights = [variable.value for variable in training.model.trainable_variables]
     start = [tf.Variable(weight) for weight in weights]
-    total = [tf.Variable(tf.zeros_like(weight)) for weight in weights]
+    extra = training._extra  # what some strategies send besides
+    total = [tf.Variable(tf.zeros_like(each)) for each in [*weights, *extra]]
+    memories: dict[int, Any] = {}
 
     @tf.function  # type: ignore[untyped-decorator]
     def fold(examples: Any) -> None:
-        for sums, weight, origin in zip(total, weights, start, strict=True):
-            sums.assign_add(examples * (weight - origin))
+        deltas = [weight - origin for weight, origin in zip(weights, start, strict=True)]
+        for sums, sent in zip(total, [*deltas, *extra], strict=True):
+            sums.assign_add(examples * sent)
 
     mine = range(place, job.schedule.clients_per_round, count)
     writers = [job.store.writer(index, job.test_fraction, 0) for index in mine]
@@ -146,7 +150,11 @@ def _floor(job: Job, strategy: Strategy, place: int, count: int, barrier: Barrie
         round += 1
         barrier.wait()
         for client, writer in zip(mine, writers, strict=True):
+            if strategy.remembers:
+                training.load_memory(memories.get(client))
             outcome = training.train(writer, round, client)
+            if strategy.remembers:
+                memories[client] = training.memory()
             fold(tf.constant(float(outcome.examples)))
         barrier.wait()
 

@@ -10,7 +10,8 @@ same clients, FedAvg's compiled epoch, weighted deltas added up, no federation, 
 strategy), round (femfed on Flower's Ray-backed engine), and their ratio round by round; a floor
 round is run right after every round, so that both see the same machine. Where a strategy has its
 clients compute something else than FedAvg, a second model, say, one more floor computes just that,
-and `round/own floor` is the engine's share; `=` where they compute the same. The last columns are
+with what clients remember kept in memory; `round/own floor` is the engine's share, `=` where they
+compute the same. The last columns are
 the pattern of Flower's TensorFlow quickstart in the same run, a model built and fitted for every
 client message: with Flower's default of two CPUs a client, and with one CPU and one thread each,
 which suits it better on few cores.
@@ -22,6 +23,8 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +32,12 @@ from numpy.typing import NDArray
 
 from benchmarks.bench import CORES, MODELS, equal_writers, floor, job, run, temporary_cache
 from femfed import config
+from femfed.engine.apps import Job
+from femfed.engine.memory import Memories
 from femfed.engine.ray import RayEngine
 from femfed.engine.rounds import Round
 from femfed.strategies.base import Strategy
 
-WARM_UP = 2  # rounds: the first traces, the second touches all memory
 CLIENTS_HALF = ("begin", "phases", "correct_gradients", "finish", "correct_personal_gradients")
 
 Seconds = NDArray[np.float64]
@@ -45,33 +49,34 @@ def trains_as_fedavg(strategy: Strategy) -> bool:
     return same and not strategy.needs and not strategy.pools
 
 
+def warm_up(clients: int) -> int:
+    """Return how many rounds come before those that count: one traces, one touches all memory."""
+    return 1 if clients >= 30 else 2
+
+
 def measure(
-    engine: RayEngine, model: str, clients: int, strategy: Strategy, rounds: int, folder: Path
+    engine: RayEngine, work: Job, bare: Callable[[], float]
 ) -> tuple[Seconds, Seconds, Seconds]:
     """Return seconds of femfed's rounds, of the floor's and of the strategy's own floor's.
 
     Args:
         engine: runs them.
-        model: which of `MODELS`.
-        clients: of the cohort, which is everybody.
-        strategy: theirs.
-        rounds: to measure.
-        folder: for the images and the runs.
+        work: what to run; its first rounds do not count.
+        bare: runs the floor once.
     """
-    store = equal_writers(folder, clients)
-    work = job(store, MODELS[model], clients, rounds + WARM_UP + 1, strategy=strategy)
     found: list[tuple[float, ...]] = []
-
-    with contextlib.ExitStack() as floors:
-        bare = [floors.enter_context(floor(work))]
-        if not trains_as_fedavg(strategy):
-            bare.append(floors.enter_context(floor(work, strategy)))
+    with contextlib.ExitStack() as own:
+        floors = [bare]
+        if not trains_as_fedavg(work.strategy):
+            floors.append(own.enter_context(floor(work, work.strategy)))
 
         def on_round(finished: Round) -> None:
-            if WARM_UP < finished.number <= WARM_UP + rounds:
-                found.append((finished.seconds_total, *(once() for once in bare)))
+            if finished.number > warm_up(work.schedule.clients_per_round):
+                seconds = finished.seconds_total - finished.seconds_evaluate
+                found.append((seconds, *(once() for once in floors)))
+            Memories(work.memory).prune(finished.number - 1)
 
-        engine.run(run(work, on_round), folder)
+        engine.run(run(work, on_round), work.store.folder)
     seconds = np.array(found)
     return seconds[:, 0], seconds[:, 1], seconds[:, -1]
 
@@ -109,23 +114,27 @@ def main() -> None:
         "model      clients  strategy               floor s  round s  round/floor (min-max)  "
         "round/own floor (min-max)     as documented  1 CPU each"
     )
-    for model in options.models:
-        with RayEngine(CORES, False, MODELS[model].parameters) as engine:
-            for clients, name in itertools.product(options.clients, names):
+    for model, clients in itertools.product(options.models, options.clients):
+        rounds = warm_up(clients) + max(2, options.rounds * 100 // max(100, clients))
+        with contextlib.ExitStack() as open_now:
+            store = equal_writers(Path(open_now.enter_context(temporary_cache())), clients)
+            work = job(store, MODELS[model], clients, rounds)
+            bare = open_now.enter_context(floor(work))
+            engine = open_now.enter_context(RayEngine(CORES, False, MODELS[model].parameters))
+            for name in names:
                 strategy = config.make(config.compose([f"strategy={name}"]).strategy, "strategy")
-                pairs = max(2, options.rounds * 100 // max(100, clients))
-                with temporary_cache() as folder:
-                    rounds, bare, own = measure(
-                        engine, model, clients, strategy, pairs, Path(folder)
-                    )
+                memory = store.folder / f"memory_{name}"
+                seconds, floors, own = measure(
+                    engine, replace(work, strategy=strategy, memory=memory), bare
+                )
                 line = (
-                    f"{model:<10} {clients:>7}  {name:<21}  {np.median(bare):>7.3f}  "
-                    f"{np.median(rounds):>7.3f}  {ratio(rounds, bare):>21}  "
-                    f"{'=' if trains_as_fedavg(strategy) else ratio(rounds, own):>25}"
+                    f"{model:<10} {clients:>7}  {name:<21}  {np.median(floors):>7.3f}  "
+                    f"{np.median(seconds):>7.3f}  {ratio(seconds, floors):>21}  "
+                    f"{'=' if trains_as_fedavg(strategy) else ratio(seconds, own):>25}"
                 )
                 if clients in options.quickstart_clients and name == "fedavg":
                     for cpus in (2, 1):
-                        times = quickstart(model, clients, cpus) / np.median(rounds)
+                        times = quickstart(model, clients, cpus) / np.median(seconds)
                         line += f"  {times:>13.1f}"
                 print(line, flush=True)
 
