@@ -6,6 +6,8 @@ batches. What a client computes is a function of (global weights, writer, seed, 
 of nothing else, neither of the worker nor of who was trained before.
 """
 
+import functools
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -30,6 +32,7 @@ _GRADIENT_BATCH = 128  # images; bounds the memory of a full gradient
 _EVALUATION_BATCH = 512  # images; bounds the memory of a writer with thousands of them
 
 FloatSum = NDArray[np.float64]
+Step = Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor, list[Kept]]]
 
 
 class LocalTraining:
@@ -86,14 +89,11 @@ class LocalTraining:
         ]
         images = tf.TensorSpec([None, 28, 28], tf.uint8)
         labels = tf.TensorSpec([None], tf.uint8)
+        order = tf.TensorSpec([None, None], tf.int32)
+        self._data_specs = [images, labels, order, tf.TensorSpec([self._dropping], tf.int32)]
         self._train = tf.function(
             self._local_epochs,
-            input_signature=[
-                images,
-                labels,
-                tf.TensorSpec([None, None], tf.int32),
-                tf.TensorSpec([self._dropping], tf.int32),
-            ],
+            input_signature=self._data_specs,
             autograph=False,  # it reads source code, and fails where a warning is an error
         )
         rows = tf.TensorSpec([None], tf.int32)
@@ -172,6 +172,7 @@ class LocalTraining:
         order = np.stack([draw.permutation(writer.train) for _ in range(local.epochs)])
         dropout = generator(self._seed, "dropout", round, client)
         seeds = dropout.integers(2**31, size=self._dropping, dtype=np.int32)
+        _ = self._shared_step, self._personal_step  # traced before `_local_epochs`, not within
         loss_sum, correct = self._train(writer.images, writer.labels, order, seeds)
         outcome = Outcome(
             examples=len(writer.train),
@@ -301,29 +302,16 @@ class LocalTraining:
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Train on the rows `order` (`[epochs, n]`) from the global weights; traced once."""
         strategy, origin, memory = self._strategy, self._global_weights, self._memory
-        if type(strategy).correct_personal_gradients is not Strategy.correct_personal_gradients:
+        data = images, labels, order, dropout_seeds
+        if self._personal_step is not None:
             _assign(self._weights, memory["personal"])
-            self._epochs(
-                images,
-                labels,
-                order,
-                dropout_seeds,
-                (),
-                lambda g: strategy.correct_personal_gradients(g, self._weights, origin),
-            )
+            self._epochs(self._personal_step, (), *data)
             _assign(memory["personal"], self._weights)
         if self._gradient:
             _assign(self._weights, origin)
             self._full_gradient(images, labels, order[0])
         _assign(self._weights, strategy.begin(origin, memory))
-        loss_sum, correct = self._epochs(
-            images,
-            labels,
-            order,
-            dropout_seeds,
-            self._deferred,
-            lambda g: strategy.correct_gradients(g, self._weights, origin, memory, self._state),
-        )
+        loss_sum, correct = self._epochs(self._shared_step, self._deferred, *data)
         steps = self._traced_steps(tf.shape(order))
         path = steps * self._local.learning_rate
         kept, extra = strategy.finish(
@@ -335,61 +323,109 @@ class LocalTraining:
                 _assign(variables, kept[name])
         return loss_sum, correct
 
+    @functools.cached_property
+    def _shared_step(self) -> Step:
+        """A compiled step of the weights that are shared."""
+        strategy, origin, memory = self._strategy, self._global_weights, self._memory
+        return self._compiled_step(
+            self._deferred,
+            lambda g: strategy.correct_gradients(g, self._weights, origin, memory, self._state),
+        )
+
+    @functools.cached_property
+    def _personal_step(self) -> Step | None:
+        """A compiled step of the weights of a client's own, if the strategy has such."""
+        strategy, origin = self._strategy, self._global_weights
+        if type(strategy).correct_personal_gradients is Strategy.correct_personal_gradients:
+            return None
+        return self._compiled_step(
+            (), lambda g: strategy.correct_personal_gradients(g, self._weights, origin)
+        )
+
+    def _compiled_step(
+        self,
+        deferred: Sequence[Deferred],
+        correct_gradients: Callable[[Sequence[tf.Tensor]], Sequence[tf.Tensor]],
+    ) -> Step:
+        """Return `_step_once`, traced in a graph of its own.
+
+        In the graph of the loop, which has a cycle, some processes' oneDNN misses the max-pooling's
+        gradient. And TensorFlow never frees graphs that know each other, one of which is traced
+        while the other is: a sweep's workers would grow with every run.
+        """
+        step = tf.function(
+            functools.partial(self._step_once, deferred, correct_gradients),
+            autograph=False,
+            experimental_attributes={"_noinline": True},
+        )
+        sums = [tf.TensorSpec([], dtype) for dtype in (tf.int32, tf.float32, tf.int32)]
+        kept = [each.kept_specs for each in deferred]
+        return step.get_concrete_function(*sums, kept, *self._data_specs)  # type: ignore[no-any-return]
+
     def _epochs(
         self,
+        step_once: Step,
+        deferred: Sequence[Deferred],
         images: tf.Tensor,
         labels: tf.Tensor,
         order: tf.Tensor,
         dropout_seeds: tf.Tensor,
-        deferred: Sequence[Deferred],
-        correct_gradients: Callable[[Sequence[tf.Tensor]], Sequence[tf.Tensor]],
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Train the model's weights, as they are, on the rows `order` (`[epochs, n]`)."""
-        local = self._local
         for velocity in self._velocity:
             velocity.assign(tf.zeros_like(velocity))
-        kept = [each.begin() for each in deferred]
-        epochs, n = tf.shape(order)[0], tf.shape(order)[1]
-        steps = (n + local.batch_size - 1) // local.batch_size
-        move = self._moves(epochs * steps)
-
-        # A graph of its own: in the loop's, which has a cycle, some processes' oneDNN misses the
-        # max-pooling's gradient.
-        @tf.function(  # type: ignore[untyped-decorator]
-            autograph=False, experimental_attributes={"_noinline": True}
-        )
-        def step_once(step: tf.Tensor, loss_sum: tf.Tensor, correct: tf.Tensor, kept: Any) -> Any:
-            epoch, start = step // steps, step % steps * local.batch_size
-            rows = order[epoch, start : start + local.batch_size]
-            targets = tf.cast(tf.gather(labels, rows), tf.int32)
-            dropouts = Dropouts(dropout_seeds, step)
-            losses, logits, gradients, kept = self._gradients(
-                _pixels(images, rows), targets, dropouts, list(zip(deferred, kept, strict=True))
-            )
-            if local.weight_decay:
-                gradients = [
-                    g + local.weight_decay * w
-                    for g, w in zip(gradients, self._weights, strict=True)
-                ]
-            steps_along = correct_gradients(gradients)
-            if move is not None:
-                moved = move(step)
-                steps_along = [g * moved[place] for place, g in enumerate(steps_along)]
-            self._step(steps_along)
-            in_last_epoch = epoch == epochs - 1
-            loss_sum += tf.where(in_last_epoch, tf.reduce_sum(losses), 0.0)
-            correct += tf.where(in_last_epoch, _hits(logits, targets), 0)
-            return step + 1, loss_sum, correct, kept
-
+        begun = [tf.constant(0), tf.constant(0.0), tf.constant(0), [e.begin() for e in deferred]]
+        epochs, steps = self._extent(order)
         _, loss_sum, correct, kept = tf.while_loop(
             lambda step, *_: step < epochs * steps,
-            step_once,
-            [tf.constant(0), tf.constant(0.0), tf.constant(0), kept],
+            lambda *now: step_once(*now, images, labels, order, dropout_seeds),
+            begun,
             parallel_iterations=1,
         )
         for each, its in zip(deferred, kept, strict=True):
             each.finish(its)
         return loss_sum, correct
+
+    def _step_once(
+        self,
+        deferred: Sequence[Deferred],
+        correct_gradients: Callable[[Sequence[tf.Tensor]], Sequence[tf.Tensor]],
+        step: tf.Tensor,
+        loss_sum: tf.Tensor,
+        correct: tf.Tensor,
+        kept: Sequence[Kept],
+        images: tf.Tensor,
+        labels: tf.Tensor,
+        order: tf.Tensor,
+        dropout_seeds: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, list[Kept]]:
+        """Take a local step; return the next one, the sums, and what deferred kernels keep."""
+        local, (epochs, steps) = self._local, self._extent(order)
+        epoch, start = step // steps, step % steps * local.batch_size
+        rows = order[epoch, start : start + local.batch_size]
+        targets = tf.cast(tf.gather(labels, rows), tf.int32)
+        dropouts = Dropouts(dropout_seeds, step)
+        losses, logits, gradients, now_kept = self._gradients(
+            _pixels(images, rows), targets, dropouts, list(zip(deferred, kept, strict=True))
+        )
+        if local.weight_decay:
+            gradients = [
+                g + local.weight_decay * w for g, w in zip(gradients, self._weights, strict=True)
+            ]
+        steps_along = correct_gradients(gradients)
+        moves = self._moves(step, epochs * steps)
+        if moves is not None:
+            steps_along = [g * moves[place] for place, g in enumerate(steps_along)]
+        self._step(steps_along)
+        in_last_epoch = epoch == epochs - 1
+        loss_sum += tf.where(in_last_epoch, tf.reduce_sum(losses), 0.0)
+        correct += tf.where(in_last_epoch, _hits(logits, targets), 0)
+        return step + 1, loss_sum, correct, now_kept
+
+    def _extent(self, order: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the epochs, and the local steps of each."""
+        epochs, n = tf.shape(order)[0], tf.shape(order)[1]
+        return epochs, (n + self._local.batch_size - 1) // self._local.batch_size
 
     def _gradients(
         self,
@@ -402,13 +438,12 @@ class LocalTraining:
 
         The gradients of deferred kernels are None; what these keep is returned last.
         """
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(self._weights)
-            logits, products = forward(self.model, pixels, dropouts, deferred, tape)
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
-            loss = tf.reduce_mean(losses)
+        logits, products = forward(self.model, pixels, dropouts, deferred)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
+        loss = tf.reduce_mean(losses)
         outputs = [output for _, output in products]
-        gradients, slopes = tape.gradient(loss, (self._weights, outputs))
+        found = tf.gradients(loss, [*self._weights, *outputs])
+        gradients, slopes = found[: len(self._weights)], found[len(self._weights) :]
         kept = [
             later.step(x, slope, its)
             for (later, its), (x, _), slope in zip(deferred, products, slopes, strict=True)
@@ -432,7 +467,7 @@ class LocalTraining:
 
         tf.while_loop(lambda start: start < n, batch_once, [tf.constant(0)], parallel_iterations=1)
 
-    def _moves(self, steps: tf.Tensor) -> Callable[[tf.Tensor], tf.Tensor] | None:
+    def _moves(self, step: tf.Tensor, steps: tf.Tensor) -> tf.Tensor | None:
         """Return what a step's gradients are multiplied by, `[weights]` of 0 and 1, if by any."""
         count = len(self._weights)
         phases = self._strategy.phases(count)
@@ -442,12 +477,8 @@ class LocalTraining:
         for place, (_, still) in enumerate(phases):
             moves[place, list(still)] = 0.0
         ends = [tf.cast(tf.round(end * tf.cast(steps, tf.float32)), tf.int32) for end, _ in phases]
-
-        def move(step: tf.Tensor) -> tf.Tensor:
-            past = tf.cast(step >= tf.stack(ends[:-1]), tf.int32)
-            return tf.gather(tf.constant(moves), tf.reduce_sum(past))
-
-        return move
+        past = tf.cast(step >= tf.stack(ends[:-1]), tf.int32)
+        return tf.gather(tf.constant(moves), tf.reduce_sum(past))
 
     def _traced_steps(self, order: tf.Tensor) -> tf.Tensor:
         """Return `Local.steps` of epochs and examples that are known only when it runs."""
@@ -527,6 +558,12 @@ class LocalTraining:
             parallel_iterations=1,
         )
         return loss_sum, correct
+
+
+def forget() -> None:
+    """Let go of what Keras and TensorFlow keep of models that are gone, and of their names."""
+    gc.collect()
+    tf.keras.utils.clear_session(free_memory=False)
 
 
 def _assign(variables: Sequence[tf.Variable], values: Sequence[Any]) -> None:

@@ -10,7 +10,6 @@ Three things differ from calling the model, none of them the mathematics:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -59,6 +58,16 @@ class Deferred:
             return 0
         inputs, outputs = layer.kernel.shape
         return int((32 * inputs * outputs / (inputs + outputs)) ** 0.5) // batch_size
+
+    @property
+    def kept_specs(self) -> tuple[tf.TensorSpec, tf.TensorSpec, tf.TensorSpec]:
+        """What is kept: shapes and types."""
+        inputs, outputs = self.kernel.shape
+        return (
+            tf.TensorSpec([self._rows, inputs], self._dtype),
+            tf.TensorSpec([self._rows, outputs], self._dtype),
+            tf.TensorSpec([], tf.int32),
+        )
 
     def begin(self) -> Kept:
         """Take the kernel as it is; no step is kept."""
@@ -159,7 +168,6 @@ def forward(
     pixels: tf.Tensor,
     dropouts: Dropouts | None,
     deferred: Sequence[tuple[Deferred, Kept]],
-    tape: tf.GradientTape,
 ) -> tuple[tf.Tensor, list[tuple[tf.Tensor, tf.Tensor]]]:
     """Return the logits, and inputs and outputs of the product of each deferred kernel.
 
@@ -168,7 +176,6 @@ def forward(
         pixels: `[n, 28, 28, 1]` in 0..1.
         dropouts: None drops nothing.
         deferred: kernels whose steps are deferred, in the order of the layers, and what they keep.
-        tape: to watch the outputs of their products, whose gradients are the slopes.
     """
     x, place = pixels, 0
     by_kernel = {id(each.kernel): (each, kept) for each, kept in deferred}
@@ -179,7 +186,6 @@ def forward(
             if id(layer.kernel.value) in by_kernel:
                 later, kept = by_kernel[id(layer.kernel.value)]
                 products.append((x, x := later.product(x, kept)))
-                tape.watch(x)
             else:
                 x = _product(x, tf.cast(layer.kernel.value, x.dtype))
             x = layer.activation(x + tf.cast(layer.bias.value, x.dtype))
@@ -190,10 +196,15 @@ def forward(
     return x, products
 
 
-@tf.custom_gradient  # type: ignore[untyped-decorator]
-def _product(x: tf.Tensor, kernel: tf.Tensor) -> Any:
-    def gradients(slopes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        along_x = tf.matmul(tf.expand_dims(slopes, 0), tf.expand_dims(kernel, 0), transpose_b=True)
-        return tf.squeeze(along_x, 0), tf.matmul(x, slopes, transpose_a=True)
+def _product(x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+    graph = tf.compat.v1.get_default_graph()
+    with graph.gradient_override_map({"MatMul": _product_gradients.__name__}):
+        return tf.matmul(x, kernel)
 
-    return tf.matmul(x, kernel), gradients
+
+# By name: `tf.custom_gradient` keeps every graph it was ever part of.
+@tf.RegisterGradient("_product_gradients")  # type: ignore[untyped-decorator]
+def _product_gradients(product: tf.Operation, slopes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    x, kernel = product.inputs
+    along_x = tf.matmul(tf.expand_dims(slopes, 0), tf.expand_dims(kernel, 0), transpose_b=True)
+    return tf.squeeze(along_x, 0), tf.matmul(x, slopes, transpose_a=True)

@@ -1,5 +1,6 @@
 """The client: a plain loop written here is the truth for the compiled local epoch."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from femfed import UserError
-from femfed.client import LocalTraining
+from femfed.client import LocalTraining, forget
 from femfed.data.store import CLASSES, Writer
 from femfed.forward import Dropouts
 from femfed.local import DivergedError, Local, flatten, unflatten
@@ -113,6 +114,26 @@ def test_writers_of_every_size_share_one_trace() -> None:
     assert training._evaluate.experimental_get_tracing_count() == 1
 
 
+def test_a_model_that_is_gone_leaves_no_graph() -> None:
+    """A sweep's workers build one after the other."""
+
+    def graphs() -> int:
+        return sum(type(each).__name__ == "FuncGraph" for each in gc.get_objects())
+
+    forget()
+    before = graphs()
+    training = make(PLAIN, WIDE)
+    training.train(a_writer(45, held_out=5), 3, 8)
+    training.evaluate(a_writer(45, held_out=5), np.arange(5, dtype=np.int32))
+    assert graphs() > before
+
+    del training
+    forget()
+
+    assert graphs() == before
+    assert make(PLAIN, WIDE).model.layers[0].name == "rescaling"  # not rescaling_1
+
+
 # the mathematics
 
 
@@ -171,7 +192,8 @@ def test_gradients_equal_those_of_the_keras_model(model: Model) -> None:
     training, plain, writer = make(model=model), model.build(SEED), a_writer(20)
     x, labels = pixels(writer, writer.train), writer.labels.astype(np.int32)
 
-    losses, logits, gradients, _ = training._gradients(tf.constant(x), tf.constant(labels))
+    traced = tf.function(training._gradients, autograph=False)
+    losses, logits, gradients, _ = traced(tf.constant(x), tf.constant(labels))
 
     with tf.GradientTape() as tape:
         expected = plain(x, training=True)

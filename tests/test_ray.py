@@ -1,6 +1,7 @@
 """What `femfed.engine.ray` replaces in Ray while it starts, and what is imported without."""
 
 import contextlib
+import gc
 import importlib
 import inspect
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from ray._private import parameter, services
 
-from femfed import Stopped, without
+from femfed import Stopped, light_imports
 from femfed.engine import apps
 from femfed.engine import ray as engine
 from femfed.engine.apps import ClientError, LostWorkerError
@@ -48,11 +49,13 @@ def test_another_ray_starts_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_modules_are_missing_inside_the_block_only() -> None:
     assert "this" not in sys.modules  # the Zen of Python, which nobody imports
-    with without("this", "json"), pytest.raises(ModuleNotFoundError):
+    with light_imports(without=["this", "json"]), pytest.raises(ModuleNotFoundError):
+        assert not gc.isenabled()
         importlib.import_module("this")
     assert "this" not in sys.modules
+    assert gc.isenabled()
     assert importlib.import_module("json").loads("1") == 1
-    with without("json"):
+    with light_imports(without=["json"]):
         assert importlib.import_module("json").loads("1") == 1  # imported before
 
 

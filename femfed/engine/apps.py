@@ -6,7 +6,6 @@ to message only if it imported the module. A worker builds its model and traces 
 
 import contextlib
 import functools
-import gc
 import json
 import os
 import resource
@@ -27,7 +26,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
-from femfed import RunError, without
+from femfed import RunError, light_imports
 from femfed.data.store import Writer, WriterStore
 from femfed.engine.federation import Federation, Writers
 from femfed.engine.memory import Memories
@@ -81,7 +80,7 @@ class Worker:
     def __init__(self, spec: str) -> None:
         # Here only: the driver imports this module and has no use for TensorFlow, which takes
         # seconds to import and hundreds of MiB.
-        with without("matplotlib", "pandas"):  # Keras's, for pictures and tables
+        with light_imports(without=["matplotlib", "pandas", "PIL"]):  # Keras's, for pictures
             from femfed.client import LocalTraining
 
         parts = json.loads(spec)
@@ -129,8 +128,11 @@ _workers: dict[str, Worker] = {}  # one at most: a process serves one run after 
 
 def _worker(spec: str) -> Worker:
     if spec not in _workers:
-        _workers.clear()
-        gc.collect()  # the last run's model goes before the next one comes
+        if _workers:
+            from femfed.client import forget
+
+            _workers.clear()
+            forget()  # the last run's model goes before the next one comes
         _workers[spec] = Worker(spec)
     return _workers[spec]
 

@@ -18,7 +18,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from femfed import Stopped, UserError, without
+from femfed import Stopped, UserError, light_imports
 from femfed.engine.folders import OwnedFolder
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def _available_memory() -> int:
 
 
 def _import() -> None:
-    with without("tensorflow"):  # which workers need only
+    with light_imports(without=["tensorflow"]):  # which workers need only
         for module in ("femfed.engine.apps", "flwr.simulation"):
             importlib.import_module(module)
 
