@@ -13,7 +13,6 @@ The model is the CNN with dropout; 180 images a client but for the last part.
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.bench import CORES, MODELS, equal_writers, floor, job, run, temporary_cache
-from benchmarks.faults import family
-from benchmarks.memory import resident
+from benchmarks.memory import memory
 from femfed.engine.federation import Federation
 from femfed.engine.ray import RayEngine
 from femfed.engine.rounds import Round
@@ -32,12 +30,6 @@ WRITERS = 3_597
 POPULATIONS = (100, 1_000, WRITERS)
 COHORTS = (10, 30, 100, 300, 1_000)
 LENGTH, WARM, LAST = 1_500, 50, 100
-
-
-def memory() -> tuple[float, float]:
-    """Return the resident memory of this process and of the workers in MiB."""
-    lines = family(os.getpid()).items()
-    return resident("self"), sum(resident(pid) for pid, line in lines if "ray::Client" in line)
 
 
 def rounds_of(
