@@ -82,3 +82,19 @@ def test_every_message_is_handed_out_once_in_order() -> None:
         thread.join(timeout=60)
     assert not thread.is_alive()
     assert queue.empty()
+
+
+def test_a_message_that_came_past_the_replaced_method_is_found() -> None:
+    store, queue, stop = Store(), Queue[Any](), threading.Event()
+    stock = store.store_message_ins  # as a thread may have it when the loop begins
+    thread = threading.Thread(target=hand_out, args=(store, queue, {7: 0, 8: 1}, stop))
+    thread.start()
+    try:
+        store.store_message_ins(message(7, "told"))
+        assert queue.get(timeout=60).text == "told"
+        stock(message(8, "untold"))
+        assert queue.get(timeout=60).text == "untold"
+    finally:
+        stop.set()
+        thread.join(timeout=60)
+    assert not thread.is_alive()

@@ -18,7 +18,7 @@ from flwr.server.superlink.fleet.vce import vce_api
 
 LOOP = "add_messages_to_queue"
 PARAMETERS = ("state", "queue", "nodes_mapping", "f_stop")
-PATIENCE = 0.1  # seconds until the next look whether the engine stops
+PATIENCE = 0.1  # seconds until the next look at all nodes, and whether the engine stops
 
 
 @contextlib.contextmanager
@@ -58,7 +58,10 @@ def hand_out(
     for node in nodes_mapping:  # whose messages were stored before
         stored.put(node)
     while not f_stop.is_set():
-        with contextlib.suppress(Empty):
-            node = stored.get(timeout=PATIENCE)
+        try:
+            nodes = [stored.get(timeout=PATIENCE)]
+        except Empty:
+            nodes = list(nodes_mapping)  # somebody may have had the stock method in hand
+        for node in nodes:
             for message in state.get_message_ins(node_id=node, limit=1):
                 queue.put(message)
