@@ -86,27 +86,20 @@ def run(job: Job, on_round: Callable[[Round], None]) -> Run:
 
 
 @contextmanager
-def floor(job: Job, strategy: Strategy = FedAvg()) -> Iterator[Callable[[], float]]:  # noqa: B008
+def floor(job: Job) -> Iterator[Callable[[], float]]:
     """Yield a function that trains one cohort without a federation and returns its seconds.
 
     One single-threaded process per worker loops over its share of the cohort with the same compiled
     epoch and adds up what clients would send in the graph; nothing is sent anywhere, and what
-    clients remember is kept in memory.
-
-    Args:
-        job: whose clients.
-        strategy: what they compute; a strategy that pools its clients' images has one process.
+    clients remember is kept in memory. A strategy that pools its clients' images has one process.
     """
     context = multiprocessing.get_context("spawn")
-    count = 1 if strategy.pools else min(job.workers, job.schedule.clients_per_round)
+    count = 1 if job.strategy.pools else min(job.workers, job.schedule.clients_per_round)
     barrier = context.Barrier(count + 1)
     processes = [
-        context.Process(target=_floor, args=(job, strategy, place, count, barrier), daemon=True)
+        context.Process(target=_floor, args=(job, place, count, barrier), daemon=True)
         for place in range(count)
     ]
-    for process in processes:
-        process.start()
-    barrier.wait()  # all models are built and traced
 
     def train_once() -> float:
         barrier.wait()
@@ -115,6 +108,9 @@ def floor(job: Job, strategy: Strategy = FedAvg()) -> Iterator[Callable[[], floa
         return time.perf_counter() - start
 
     try:
+        for process in processes:
+            process.start()
+        barrier.wait()  # all models are built and traced
         yield train_once
     finally:
         for process in processes:
@@ -122,11 +118,20 @@ def floor(job: Job, strategy: Strategy = FedAvg()) -> Iterator[Callable[[], floa
             process.join()
 
 
-def _floor(job: Job, strategy: Strategy, place: int, count: int, barrier: Barrier) -> None:
+def _floor(job: Job, place: int, count: int, barrier: Barrier) -> None:
+    try:
+        _train_again_and_again(job, place, count, barrier)
+    except BaseException:
+        barrier.abort()  # else the others would wait for ever
+        raise
+
+
+def _train_again_and_again(job: Job, place: int, count: int, barrier: Barrier) -> None:
     import tensorflow as tf
 
     from femfed.client import LocalTraining
 
+    strategy = job.strategy
     training = LocalTraining(job.model, strategy, job.local, 0, job.precision)
     weights = [variable.value for variable in training.model.trainable_variables]
     start = [tf.Variable(weight) for weight in weights]

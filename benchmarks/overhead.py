@@ -11,10 +11,9 @@ strategy), round (femfed on Flower's Ray-backed engine), and their ratio round b
 round is run right after every round, so that both see the same machine. Where a strategy has its
 clients compute something else than FedAvg, a second model, say, one more floor computes just that,
 with what clients remember kept in memory; `round/own floor` is the engine's share, `=` where they
-compute the same. The last columns are
-the pattern of Flower's TensorFlow quickstart in the same run, a model built and fitted for every
-client message: with Flower's default of two CPUs a client, and with one CPU and one thread each,
-which suits it better on few cores.
+compute the same. The last columns are the pattern of Flower's TensorFlow quickstart in the same
+run, a model built and fitted for every client message: with Flower's default of two CPUs a client,
+and with one CPU and one thread each, which suits it better on few cores.
 """
 
 import argparse
@@ -50,7 +49,10 @@ def trains_as_fedavg(strategy: Strategy) -> bool:
 
 
 def warm_up(clients: int) -> int:
-    """Return how many rounds come before those that count: one traces, one touches all memory."""
+    """Return how many rounds come before those that count.
+
+    The first traces and may not reach all memory where clients are few; the second does.
+    """
     return 1 if clients >= 30 else 2
 
 
@@ -68,7 +70,7 @@ def measure(
     with contextlib.ExitStack() as own:
         floors = [bare]
         if not trains_as_fedavg(work.strategy):
-            floors.append(own.enter_context(floor(work, work.strategy)))
+            floors.append(own.enter_context(floor(work)))
 
         def on_round(finished: Round) -> None:
             if finished.number > warm_up(work.schedule.clients_per_round):

@@ -353,6 +353,7 @@ class LocalTraining:
         gradient. And TensorFlow never frees graphs that know each other, one of which is traced
         while the other is: a sweep's workers would grow with every run.
         """
+        assert tf.executing_eagerly()  # not while another function is traced
         step = tf.function(
             functools.partial(self._step_once, deferred, correct_gradients),
             autograph=False,

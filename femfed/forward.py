@@ -16,6 +16,7 @@ import tensorflow as tf
 
 _LARGE = 2**20  # weights: smaller kernels live in the cache, where rewriting them costs little
 Kept = tuple[tf.Tensor, tf.Tensor, tf.Tensor]  # inputs, slopes, how many of their rows are used
+_PRODUCT = "FemfedProduct"  # name of a gradient
 _PHILOX = 1  # TensorFlow's number of the generator
 
 
@@ -198,12 +199,12 @@ def forward(
 
 def _product(x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     graph = tf.compat.v1.get_default_graph()
-    with graph.gradient_override_map({"MatMul": _product_gradients.__name__}):
+    with graph.gradient_override_map({"MatMul": _PRODUCT}):
         return tf.matmul(x, kernel)
 
 
 # By name: `tf.custom_gradient` keeps every graph it was ever part of.
-@tf.RegisterGradient("_product_gradients")  # type: ignore[untyped-decorator]
+@tf.RegisterGradient(_PRODUCT)  # type: ignore[untyped-decorator]
 def _product_gradients(product: tf.Operation, slopes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     x, kernel = product.inputs
     along_x = tf.matmul(tf.expand_dims(slopes, 0), tf.expand_dims(kernel, 0), transpose_b=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from femfed import UserError
+from femfed import UserError, config
 from femfed.client import LocalTraining, forget
 from femfed.data.store import CLASSES, Writer
 from femfed.forward import Dropouts
@@ -114,17 +114,22 @@ def test_writers_of_every_size_share_one_trace() -> None:
     assert training._evaluate.experimental_get_tracing_count() == 1
 
 
-def test_a_model_that_is_gone_leaves_no_graph() -> None:
+@pytest.mark.parametrize("name", ["fedavg", "ditto", "mime_lite", "fine_tuning"])
+def test_a_model_that_is_gone_leaves_no_graph(name: str) -> None:
     """A sweep's workers build one after the other."""
 
     def graphs() -> int:
         return sum(type(each).__name__ == "FuncGraph" for each in gc.get_objects())
 
+    strategy = config.make(config.compose([f"strategy={name}"]).strategy, "strategy")
+    writer = a_writer(45, held_out=5)
     forget()
     before = graphs()
-    training = make(PLAIN, WIDE)
-    training.train(a_writer(45, held_out=5), 3, 8)
-    training.evaluate(a_writer(45, held_out=5), np.arange(5, dtype=np.int32))
+    training = make(PLAIN, WIDE, strategy)
+    training.load_memory(None)
+    training.train(writer, 3, 8)
+    training.evaluate(writer, writer.test)
+    training.evaluate_personal(writer, 0)
     assert graphs() > before
 
     del training

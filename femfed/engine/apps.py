@@ -79,8 +79,8 @@ class Worker:
 
     def __init__(self, spec: str) -> None:
         # Here only: the driver imports this module and has no use for TensorFlow, which takes
-        # seconds to import and hundreds of MiB.
-        with light_imports(without=["matplotlib", "pandas", "PIL"]):  # Keras's, for pictures
+        # seconds to import and hundreds of MiB. Keras would import more, for pictures and tables.
+        with light_imports(without=["matplotlib", "pandas", "PIL"]):
             from femfed.client import LocalTraining
 
         parts = json.loads(spec)

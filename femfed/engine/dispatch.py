@@ -18,7 +18,7 @@ from flwr.server.superlink.fleet.vce import vce_api
 
 LOOP = "add_messages_to_queue"
 PARAMETERS = ("state", "queue", "nodes_mapping", "f_stop")
-PATIENCE = 0.1  # seconds until the next look at all nodes, and whether the engine stops
+PATIENCE = 0.1  # seconds until the next look whether the engine stops
 
 
 @contextlib.contextmanager
@@ -55,13 +55,14 @@ def hand_out(
         return name
 
     state.store_message_ins = store_and_tell
-    for node in nodes_mapping:  # whose messages were stored before
-        stored.put(node)
+    # Until one is told of, all nodes are looked at: messages may have been stored before, or by the
+    # stock method, which the one thread that sends them had in hand.
+    told = False
     while not f_stop.is_set():
-        try:
-            nodes = [stored.get(timeout=PATIENCE)]
-        except Empty:
-            nodes = list(nodes_mapping)  # somebody may have had the stock method in hand
-        for node in nodes:
-            for message in state.get_message_ins(node_id=node, limit=1):
+        new: list[int] = []
+        with contextlib.suppress(Empty):
+            new.append(stored.get(timeout=PATIENCE))
+        for node in new if told else nodes_mapping:
+            for message in state.get_message_ins(node_id=node, limit=None):
                 queue.put(message)
+        told = told or bool(new)

@@ -230,15 +230,15 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
     os.environ.update(RAY_worker_niceness="0")  # Ray's 15 would let every other program go first
     import ray
 
-    on_sigterm, stopped = signal.getsignal(signal.SIGTERM), False
-    python_path = os.environ.get("PYTHONPATH")
-    # Workers import femfed as this process does, wherever it is started from.
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    # Flower logs what reaches the user as our own errors.
-    flower = logging.getLogger("flwr")
-    level = flower.level
-    flower.setLevel(logging.CRITICAL + 1)
     with OwnedFolder(Path(tempfile.gettempdir()), PREFIX) as owned:
+        on_sigterm, stopped = signal.getsignal(signal.SIGTERM), False
+        python_path = os.environ.get("PYTHONPATH")
+        # Workers import femfed as this process does, wherever it is started from.
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        # Flower logs what reaches the user as our own errors.
+        flower = logging.getLogger("flwr")
+        level = flower.level
+        flower.setLevel(logging.CRITICAL + 1)
         try:
             try:
                 with _servers_only():

@@ -17,7 +17,7 @@ from femfed import UserError
 from femfed.strategies.base import Update, Weights
 
 _PART = 2**18  # values handled at a time
-_AT_ONCE = 16  # parts whose inner products are added up at a time
+_GROUPS = 32  # of parts whose inner products are added up by themselves
 
 _Part = tuple[int, slice]  # a layer, and a piece of it flattened
 
@@ -27,27 +27,22 @@ def by_coordinate(
 ) -> Weights:
     """Return what `rule` makes of the updates, coordinate by coordinate, on all cores.
 
-    Memory grows neither with the model nor with the clients: at most 2^18 values a core (or one
-    coordinate of all clients) are copied at a time, few enough for its cache.
+    Memory grows neither with the model nor with the clients: a core has a few copies of 2^18 values
+    (or of one coordinate of all clients) at a time, which its cache can hold.
 
     Args:
         updates: of n clients, at least one.
         rule: given values `[coordinates, n]`, those of a coordinate together and clients in the
             order given, its own to overwrite; returns `[coordinates]`. Called from many threads.
     """
-    made = [np.empty(layer.shape, np.float32) for layer in updates[0].delta]
-    scratch = _Scratch()
 
-    def fill(part: _Part) -> None:
-        layer, piece = part
+    def made(scratch: _Scratch, part: _Part) -> NDArray[np.floating[Any]]:
         rows = scratch.rows(updates, part, np.float32)
         columns = scratch.array("columns", rows.shape[::-1], np.float32)
         np.copyto(columns, rows.T)
-        made[layer].reshape(-1)[piece] = rule(columns)
+        return rule(columns)
 
-    with _all_cores() as each:
-        list(each(fill, _parts(updates)))
-    return made
+    return _by_part(updates, made)
 
 
 def weighted_mean(updates: Sequence[Update], weights: NDArray[np.float64]) -> Weights:
@@ -57,16 +52,9 @@ def weighted_mean(updates: Sequence[Update], weights: NDArray[np.float64]) -> We
         updates: of n clients, at least one.
         weights: `[n]`, of sum 1.
     """
-    made = [np.empty(layer.shape, np.float32) for layer in updates[0].delta]
-    scratch = _Scratch()
-
-    def fill(part: _Part) -> None:
-        layer, piece = part
-        made[layer].reshape(-1)[piece] = weights @ scratch.rows(updates, part, np.float64)
-
-    with _all_cores() as each:
-        list(each(fill, _parts(updates)))
-    return made
+    return _by_part(
+        updates, lambda scratch, part: weights @ scratch.rows(updates, part, np.float64)
+    )
 
 
 def gram_matrix(updates: Sequence[Update]) -> NDArray[np.float64]:
@@ -75,7 +63,7 @@ def gram_matrix(updates: Sequence[Update]) -> NDArray[np.float64]:
     The origin is zero, the global weights, near which updates are. Where the distance of two is a
     thousandth or less of their norms, it would cancel in float64, and the origin is a value from
     the middle of every coordinate instead: not the mean, which a single far client would carry
-    off. Besides the result, memory is that of a few copies of a part a core.
+    off. Memory is that of a few copies of a part a core, and of 32 results at most.
 
     Args:
         updates: of n clients, at least one.
@@ -100,7 +88,7 @@ def _gram_matrix(updates: Sequence[Update], centred: bool) -> NDArray[np.float64
         return gram
 
     with _all_cores() as each:  # in a fixed order, whatever the cores
-        sums = each(add_up, [parts[i : i + _AT_ONCE] for i in range(0, len(parts), _AT_ONCE)])
+        sums = each(add_up, [parts[group::_GROUPS] for group in range(_GROUPS)])
         return sum(sums, np.zeros((len(updates), len(updates))))
 
 
@@ -193,10 +181,10 @@ class _Scratch(threading.local):
 
     def array(self, name: str, shape: tuple[int, int], dtype: Any) -> NDArray[Any]:
         """Return an array of whatever values, overwritten when `name` is asked for again."""
-        size = shape[0] * shape[1]
-        if name not in self._kept or self._kept[name].size < size:
-            self._kept[name] = np.empty(size, dtype)
-        return self._kept[name][:size].reshape(shape)
+        size, kept = shape[0] * shape[1], self._kept.get(name)
+        if kept is None or kept.size < size or kept.dtype != dtype:
+            kept = self._kept[name] = np.empty(size, dtype)
+        return kept[:size].reshape(shape)
 
     def rows(self, updates: Sequence[Update], part: _Part, dtype: Any) -> NDArray[Any]:
         """Return a copy of a part of every update, `[n, coordinates]`."""
@@ -205,6 +193,22 @@ class _Scratch(threading.local):
         for row, piece in zip(values, pieces, strict=True):
             row[:] = piece
         return values
+
+
+def _by_part(
+    updates: Sequence[Update], made: Callable[[_Scratch, _Part], NDArray[np.floating[Any]]]
+) -> Weights:
+    """Return the layers whose parts are `made`, on all cores."""
+    layers = [np.empty(layer.shape, np.float32) for layer in updates[0].delta]
+    scratch = _Scratch()
+
+    def fill(part: _Part) -> None:
+        layer, piece = part
+        layers[layer].reshape(-1)[piece] = made(scratch, part)
+
+    with _all_cores() as each:
+        list(each(fill, _parts(updates)))
+    return layers
 
 
 @contextlib.contextmanager

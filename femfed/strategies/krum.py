@@ -19,7 +19,7 @@ class Krum(Strategy):
     ```
 
     Among equal scores the lowest client number wins. One or two updates leave nothing to compare:
-    the first is taken. Squared distances are summed in float64 from the middle of the updates;
+    the first is taken. Squared distances are summed in float64 from an origin near the updates;
     Flower's come from float32 inner products of whole weights and lose the difference of two
     clients to rounding.
 
