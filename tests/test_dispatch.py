@@ -54,14 +54,18 @@ class Store:
     """Holds messages as Flower's does: each is given out once."""
 
     waiting: dict[int, list[Any]] = field(default_factory=dict)
+    lock: Any = field(default_factory=threading.Lock)
 
     def store_message_ins(self, message: Any) -> str:
-        self.waiting.setdefault(message.metadata.dst_node_id, []).append(message)
+        with self.lock:
+            self.waiting.setdefault(message.metadata.dst_node_id, []).append(message)
         return str(message.text)
 
     def get_message_ins(self, node_id: int, limit: int | None) -> list[Any]:
-        assert limit is None
-        return self.waiting.pop(node_id, [])
+        with self.lock:
+            messages = self.waiting.pop(node_id, [])
+            self.waiting[node_id] = [] if limit is None else messages[limit:]
+            return messages[:limit]
 
 
 def message(node: int, text: str) -> Any:
@@ -75,6 +79,8 @@ def test_every_message_is_handed_out_once_in_order() -> None:
     thread.start()
     try:
         assert queue.get(timeout=60).text == "before"
+        store.store_message_ins(message(7, "first"))
+        assert queue.get(timeout=60).text == "first"
         names = [store.store_message_ins(message(7 + i % 2, str(i))) for i in range(100)]
         assert [queue.get(timeout=60).text for _ in names] == names
     finally:

@@ -62,7 +62,8 @@ def hand_out(
         new: list[int] = []
         with contextlib.suppress(Empty):
             new.append(stored.get(timeout=PATIENCE))
-        for node in new if told else nodes_mapping:
-            for message in state.get_message_ins(node_id=node, limit=None):
+        nodes, limit = (new, 1) if told else (nodes_mapping, None)
+        for node in nodes:
+            for message in state.get_message_ins(node_id=node, limit=limit):
                 queue.put(message)
         told = told or bool(new)
