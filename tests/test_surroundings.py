@@ -934,7 +934,7 @@ def test_a_config_that_names_something_else_makes_nothing(
         "keras.Sequential",
         "flwr.serverapp.strategy.FedAvg",
         "femfed.engine.ray.shutil.rmtree",
-        "femfed.engine.ray._kill",
+        "femfed.engine.ray._send",
         "femfed.engine.inline.TaskIdentity",
         "femfed.config.hydra",
         "femfed.UserError",

@@ -153,7 +153,7 @@ class _Flower:
         except Stopped:
             self._stop.set()
             for pid in _descendants(*WORKERS):  # else one would wait for them
-                _kill(pid)
+                _send(pid, signal.SIGKILL)
             with contextlib.suppress(Empty):
                 self._ends.get(timeout=PATIENCE)  # a round that is finished is written
             raise
@@ -334,8 +334,13 @@ def _remove(folder: Path) -> None:
     """End what is left of Ray, and remove a folder."""
     deadline = time.monotonic() + PATIENCE
     while folder.exists() and time.monotonic() < deadline:  # as long as one dies, it may write
-        for pid in _descendants(PREFIX, "/ray/", *WORKERS):  # agents are told by their path
-            _kill(pid)
+        found: set[int] = set()
+        while new := {*_descendants(PREFIX, "/ray/", *WORKERS)} - found:  # agents: by their path
+            for pid in new:  # whoever stands still starts no other, who would outlive them unseen
+                _send(pid, signal.SIGSTOP)
+            found |= new
+        for pid in found:
+            _send(pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -359,6 +364,6 @@ def _descendants(*parts: str) -> list[int]:
     return found
 
 
-def _kill(pid: int) -> None:
+def _send(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
