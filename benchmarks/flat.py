@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.bench import CORES, MODELS, equal_writers, floor, job, run, temporary_cache
-from benchmarks.memory import memory
+from benchmarks.memory import Memory, memory, show
 from femfed.engine.federation import Federation
 from femfed.engine.ray import RayEngine
 from femfed.engine.rounds import Round
@@ -52,7 +52,7 @@ def in_turn(
 ) -> None:
     """Measure all sizes in turn, again and again, and print each beside the first."""
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
-    memories: dict[int, tuple[float, float]] = {}
+    memories: dict[int, Memory] = {}
     for size in sizes:
         once(size)  # first touches of memory
     for _ in range(rounds):
@@ -129,22 +129,17 @@ def long(folder: Path, _: int) -> None:
     """As many rounds as the Adaptive Federated Optimization paper ran."""
     work = job(equal_writers(folder, 10, examples=20), MODEL, 10, LENGTH + 1)
     seconds: list[float] = []
-    memories: list[tuple[float, float]] = []
+    memories: dict[int, Memory] = {}
     with RayEngine(CORES, False, MODEL.parameters) as engine:
 
         def on_round(finished: Round) -> None:
             seconds.append(finished.seconds_train)
             if finished.number in (WARM, LENGTH):
-                memories.append(memory())
+                memories[finished.number] = memory()
 
         engine.run(run(work, on_round), folder)
     early, late = seconds[WARM : WARM + LAST], seconds[LENGTH - LAST : LENGTH]
-    for name, before, after in zip(("driver", "workers"), *memories, strict=True):
-        growth = 100 * (after / before - 1)
-        print(
-            f"{name:<8} round {WARM}: {before:7.1f} MiB  round {LENGTH}: {after:7.1f} MiB", end=""
-        )
-        print(f"  {growth:+.2f} %")
+    show("round", WARM, LENGTH, memories)
     before, after = float(np.median(early)), float(np.median(late))
     print(
         f"a round  after round {WARM}: {1000 * before:6.1f} ms  at the end: {1000 * after:.1f} ms  "

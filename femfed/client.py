@@ -312,7 +312,7 @@ class LocalTraining:
             self._full_gradient(images, labels, order[0])
         _assign(self._weights, strategy.begin(origin, memory))
         loss_sum, correct = self._epochs(self._shared_step, self._deferred, *data)
-        steps = self._traced_steps(tf.shape(order))
+        steps = self._traced_steps(order)
         path = steps * self._local.learning_rate
         kept, extra = strategy.finish(
             self._weights, origin, memory, self._state, path, self._gradient
@@ -483,8 +483,7 @@ class LocalTraining:
 
     def _traced_steps(self, order: tf.Tensor) -> tf.Tensor:
         """Return `Local.steps` of epochs and examples that are known only when it runs."""
-        epochs, examples = order[0], order[1]
-        batches = (examples + self._local.batch_size - 1) // self._local.batch_size
+        epochs, batches = self._extent(order)
         steps, m = tf.cast(epochs * batches, tf.float32), self._local.momentum
         return (steps - m * (1 - m**steps) / (1 - m)) / (1 - m) if m else steps
 

@@ -380,6 +380,38 @@ def test_sigterm_while_a_run_starts(start: Start, moment: str) -> None:
     assert line.startswith("error: stopped")
 
 
+def alive(pid: int) -> bool:
+    """Return whether a process is there, dead ones whom nobody has buried yet left out."""
+    line = Path(f"/proc/{pid}/cmdline")
+    return line.exists() and line.read_bytes() != b""
+
+
+def rays_agents(run: Started) -> list[int]:
+    """Return the processes that Ray's server has started for itself, once they are there."""
+    return [pid for pid, line in family(run.process.pid).items() if re.match("ray::.+Agent", line)]
+
+
+def test_those_that_lost_their_parent_end_too(start: Start) -> None:
+    run = start(*STOPPABLE)
+    run.until(lambda run: len(rays_agents(run)) == 2)
+    agents = rays_agents(run)
+    (server,) = (pid for pid, line in family(run.process.pid).items() if "raylet/raylet" in line)
+    for agent in agents:
+        os.kill(agent, signal.SIGSTOP)  # else they would end by themselves
+    os.kill(server, signal.SIGKILL)
+
+    try:
+        run.stop(signal.SIGTERM)
+
+        assert run.process.returncode == 143, run.err
+        assert run.left() == []
+        assert not [pid for pid in agents if alive(pid)]
+    finally:
+        for agent in agents:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(agent, signal.SIGKILL)
+
+
 CRASH = """
 import sys
 import femfed.results

@@ -1,6 +1,7 @@
 """Flower's Ray-backed simulation engine: the only file that touches `ray` or `flwr.simulation`."""
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import inspect
@@ -30,6 +31,7 @@ PARAMETER_MEMORY = 48  # bytes a weight: weights, global weights, gradients, sum
 PREFIX = "femfed-ray-"  # of Ray's folder
 WORKERS = ("ray::", "default_worker.py")  # in the command line of a worker
 PATIENCE = 4  # seconds that a stopped run may write
+CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux's prctl
 API_SERVER, PARAMETERS = "start_api_server", "RayParams"
 OBJECT_STORE = 128 * 2**20  # bytes; enough for messages that hold names and numbers
 
@@ -230,7 +232,7 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
     os.environ.update(RAY_worker_niceness="0")  # Ray's 15 would let every other program go first
     import ray
 
-    with OwnedFolder(Path(tempfile.gettempdir()), PREFIX) as owned:
+    with OwnedFolder(Path(tempfile.gettempdir()), PREFIX) as owned, _adopting():
         on_sigterm, stopped = signal.getsignal(signal.SIGTERM), False
         python_path = os.environ.get("PYTHONPATH")
         # Workers import femfed as this process does, wherever it is started from.
@@ -270,6 +272,21 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
                 del os.environ["PYTHONPATH"]
             else:
                 os.environ["PYTHONPATH"] = python_path
+
+
+@contextlib.contextmanager
+def _adopting() -> Iterator[None]:
+    """Become the parent of every process below this one that loses its own.
+
+    Whatever ends Ray's server before what that started, such as Ray's own answer to a SIGTERM, the
+    rest would else be nobody's: still there, and not to be found below this process.
+    """
+    prctl = ctypes.CDLL(None).prctl
+    prctl(CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 @contextlib.contextmanager
@@ -333,7 +350,7 @@ def _stoppable(folders: Callable[[], list[Path | None]]) -> Iterator[None]:
 def _remove(folder: Path) -> None:
     """End what is left of Ray, and remove a folder."""
     deadline = time.monotonic() + PATIENCE
-    while folder.exists() and time.monotonic() < deadline:  # as long as one dies, it may write
+    while time.monotonic() < deadline:
         found: set[int] = set()
         while new := {*_descendants(PREFIX, "/ray/", *WORKERS)} - found:  # agents: by their path
             for pid in new:  # whoever stands still starts no other, who would outlive them unseen
@@ -342,6 +359,8 @@ def _remove(folder: Path) -> None:
         for pid in found:
             _send(pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
+        if not found and not folder.exists():  # as long as one dies, it may write
+            return
 
 
 def _descendants(*parts: str) -> list[int]:
