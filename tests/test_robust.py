@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from femfed import UserError
 from femfed.strategies.base import Strategy, Update, Weights
 from femfed.strategies.bulyan import Bulyan
-from femfed.strategies.columns import squared_distances
+from femfed.strategies.columns import by_rank, squared_distances
 from femfed.strategies.fedavg import FedAvg
 from femfed.strategies.fedmedian import FedMedian
 from femfed.strategies.fedtrimmedmean import FedTrimmedMean
@@ -407,6 +407,28 @@ def test_the_geometric_median_is_exact_beside_lies(seed: int) -> None:
     assert_equals(median, naive_geometric_median(x, examples, 100, 1e-6))
 
 
+# values in order
+
+
+@pytest.mark.parametrize("n", [*range(1, 20), 31, 32, 33, 63, 64, 65, 100])
+def test_ranks_are_those_of_a_sort(n: int) -> None:
+    values = np.random.default_rng(n).integers(0, 3 * n, (n, 200)).astype(np.float32)  # with ties
+    updates = [Update(1, 0.0, 0, client=i, delta=[row.copy()]) for i, row in enumerate(values)]
+    for ranks in ([0], [n - 1], [(n - 1) // 2, n // 2], range(n // 4, n - n // 4), range(n)):
+        factors = np.sqrt(2.0 + np.arange(len(ranks)))[:, None]  # so that their order shows
+
+        (found,) = by_rank(
+            updates,
+            ranks,
+            lambda x, ranks=ranks, factors=factors: (np.array(x)[ranks] * factors).sum(0),
+        )
+
+        expected = (np.sort(values, axis=0)[ranks] * factors).sum(0).astype(np.float32)
+        np.testing.assert_array_equal(found, expected)
+        for update, row in zip(updates, values, strict=True):
+            np.testing.assert_array_equal(update.delta[0], row)
+
+
 # in parts
 
 
@@ -417,6 +439,7 @@ def test_parts_join_up(rule: Strategy, byzantine: int, monkeypatch: pytest.Monke
 
     for size in (1, 55):  # one coordinate at a time, and five
         monkeypatch.setattr("femfed.strategies.columns._PART", size)
+        monkeypatch.setattr("femfed.strategies.columns._ROW", max(1, size // 11))
         np.testing.assert_allclose(flat(rule.aggregate(updates)), whole, atol=1e-7, rtol=0)
 
 
@@ -435,7 +458,7 @@ def test_memory_is_that_of_a_part(
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 
-    assert peak < 4_000_000 + 10_000_000  # the result, and a few copies of 2^18 values a core
+    assert peak < 4_000_000 + 24_000_000  # the result, and a few copies of 2^19 values a core
 
 
 @every_rule

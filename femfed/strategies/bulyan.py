@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from femfed import UserError
 from femfed.strategies.base import Strategy, Update, Weights
 from femfed.strategies.columns import (
-    by_coordinate,
+    by_rank,
     check_byzantine,
     krum_scores,
     squared_distances,
@@ -61,11 +61,11 @@ class Bulyan(Strategy):
         squared = squared_distances(updates)
         chosen = self._chosen(squared, byzantine, len(updates) - 2 * byzantine)
 
-        def mean_around_median(values: NDArray[np.float32]) -> NDArray[np.float64]:
-            values.sort(axis=1)
-            return _mean_around_median(values, 2 * byzantine)
-
-        return by_coordinate([updates[i] for i in chosen], mean_around_median)
+        return by_rank(
+            [updates[i] for i in chosen],
+            range(len(chosen)),
+            lambda values: _mean_around_median(values, 2 * byzantine),
+        )
 
     def _chosen(self, squared: NDArray[np.float64], byzantine: int, theta: int) -> list[int]:
         if not self.rescored:
@@ -79,20 +79,25 @@ class Bulyan(Strategy):
         return chosen
 
 
-def _mean_around_median(values: NDArray[np.float32], far: int) -> NDArray[np.float64]:
-    """Return each row's mean without the `far` values farthest from its median.
+def _mean_around_median(values: Sequence[NDArray[np.float32]], far: int) -> NDArray[np.float64]:
+    """Return each coordinate's mean without the `far` values farthest from its median.
 
-    In a sorted row the closest values are neighbours. Of the k-th smallest and the (k + closest)-th
+    Of sorted values the closest ones are neighbours. Of the k-th smallest and the (k + closest)-th
     one is among them; it is the upper one for every k below their first.
 
     Args:
-        values: [coordinates, clients], rows in ascending order.
+        values: in ascending order, n of `[coordinates]`.
         far: how many to leave out.
     """
-    n = values.shape[1]
+    n, size = len(values), values[0].size
     closest = n - far
-    median = values[:, [(n - 1) // 2, n // 2]].mean(axis=1, keepdims=True, dtype=np.float64)
-    upper = median - values[:, :far] > values[:, closest:] - median
-    kept = upper.sum(axis=1, keepdims=True) + np.arange(closest)
-    mean: NDArray[np.float64] = np.take_along_axis(values, kept, 1).mean(axis=1, dtype=np.float64)
-    return mean
+    median = np.add(values[(n - 1) // 2], values[n // 2], dtype=np.float64) / 2
+    first = np.zeros(size, np.intp)
+    for k in range(far):
+        first += median - values[k] > values[k + closest] - median
+    places, table = first * size + np.arange(size), np.concatenate(values)
+    total = np.zeros(size)
+    for _ in range(closest):
+        total += table[places]
+        places += size
+    return total / closest

@@ -4,6 +4,7 @@ The updates coordinate by coordinate, their distances, Krum's scores, how many c
 """
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,33 +17,46 @@ from numpy.typing import NDArray
 from femfed import UserError
 from femfed.strategies.base import Update, Weights
 
-_PART = 2**18  # values handled at a time
+_PART = 2**19  # values handled at a time
+_ROW = 2**15  # coordinates compared at a time: enough that NumPy's calls cost less than their work
+_MOST_COMPARED = 64  # updates: of more, a coordinate's values are sooner sorted by themselves
 _GROUPS = 32  # of parts whose inner products are added up by themselves
 
 _Part = tuple[int, slice]  # a layer, and a piece of it flattened
+# Two places, and whether the smaller value at the one and the larger at the other matter later.
+_Comparison = tuple[int, int, bool, bool]
 
 
-def by_coordinate(
-    updates: Sequence[Update], rule: Callable[[NDArray[np.float32]], NDArray[np.floating[Any]]]
+def by_rank(
+    updates: Sequence[Update],
+    ranks: Sequence[int],
+    rule: Callable[[Sequence[NDArray[np.float32]]], NDArray[np.floating[Any]]],
 ) -> Weights:
-    """Return what `rule` makes of the updates, coordinate by coordinate, on all cores.
+    """Return what `rule` makes of every coordinate's values in ascending order, on all cores.
 
-    Memory grows neither with the model nor with the clients: a core has a few copies of 2^18 values
-    (or of one coordinate of all clients) at a time, which its cache can hold.
+    Memory does not grow with the model, nor with the clients from 64 on: a core has a few copies of
+    2^15 coordinates of all updates, or of 2^19 values where these are more, at a time.
 
     Args:
         updates: of n clients, at least one.
-        rule: given values `[coordinates, n]`, those of a coordinate together and clients in the
-            order given, its own to overwrite; returns `[coordinates]`. Called from many threads.
+        ranks: places in the order that the rule looks at, of 0 to n - 1.
+        rule: given n arrays `[coordinates]` to read, the k-th smallest values k-th where k is of
+            `ranks`, in no order elsewhere; returns `[coordinates]`. Called from many threads.
     """
+    n = len(updates)
+    compares = n <= _MOST_COMPARED
+    network = _network(n, tuple(ranks)) if compares else ()
 
     def made(scratch: _Scratch, part: _Part) -> NDArray[np.floating[Any]]:
+        if compares:
+            return rule(_compared(scratch, _pieces(updates, part), network))
         rows = scratch.rows(updates, part, np.float32)
         columns = scratch.array("columns", rows.shape[::-1], np.float32)
         np.copyto(columns, rows.T)
-        return rule(columns)
+        columns.sort(axis=1)
+        return rule(list(columns.T))
 
-    return _by_part(updates, made)
+    return _by_part(updates, made, _parts(updates, _ROW if compares else _PART // n))
 
 
 def weighted_mean(updates: Sequence[Update], weights: NDArray[np.float64]) -> Weights:
@@ -53,7 +67,9 @@ def weighted_mean(updates: Sequence[Update], weights: NDArray[np.float64]) -> We
         weights: `[n]`, of sum 1.
     """
     return _by_part(
-        updates, lambda scratch, part: weights @ scratch.rows(updates, part, np.float64)
+        updates,
+        lambda scratch, part: weights @ scratch.rows(updates, part, np.float64),
+        _parts(updates, _PART // len(updates)),
     )
 
 
@@ -76,7 +92,7 @@ def gram_matrix(updates: Sequence[Update]) -> NDArray[np.float64]:
 
 
 def _gram_matrix(updates: Sequence[Update], centred: bool) -> NDArray[np.float64]:
-    parts, scratch = _parts(updates), _Scratch()
+    parts, scratch = _parts(updates, _PART // len(updates)), _Scratch()
 
     def add_up(some: Sequence[_Part]) -> NDArray[np.float64]:
         gram = np.zeros((len(updates), len(updates)))
@@ -164,13 +180,63 @@ def withstood(byzantine: int | None, n: int, each: int) -> int:
     return byzantine
 
 
-def _parts(updates: Sequence[Update]) -> list[_Part]:
-    step = max(1, _PART // len(updates))
+@functools.cache
+def _network(n: int, ranks: tuple[int, ...]) -> tuple[_Comparison, ...]:
+    """Return the comparisons that bring the values of `ranks` among n to their places.
+
+    Of Batcher's odd-even merge sort, those that these ranks depend on.
+
+    Source: K. E. Batcher, "Sorting Networks and their Applications", AFIPS 1968,
+    https://doi.org/10.1145/1468075.1468121
+    """
+    pairs: list[tuple[int, int]] = []
+    for power in range((n - 1).bit_length()):
+        run = 2**power  # of values that are in order already
+        for apart in (run >> halvings for halvings in range(power + 1)):
+            for start in range(apart % run, n - apart, 2 * apart):
+                lows = range(start, min(start + apart, n - apart))
+                pairs += [
+                    (i, i + apart) for i in lows if i // (2 * run) == (i + apart) // (2 * run)
+                ]
+    wanted, network = set(ranks), list[_Comparison]()
+    for low, high in reversed(pairs):
+        if {low, high} & wanted:
+            network.append((low, high, low in wanted, high in wanted))
+            wanted |= {low, high}
+    return tuple(reversed(network))
+
+
+def _compared(
+    scratch: "_Scratch", values: list[NDArray[np.float32]], network: Sequence[_Comparison]
+) -> list[NDArray[np.float32]]:
+    """Take the comparisons of `network`; the arrays of `values` are read only."""
+    values = list(values)
+    *own, spare = scratch.array("compared", (len(values) + 1, values[0].size), np.float32)
+    for low, high, smaller, larger in network:
+        one, other = values[low], values[high]
+        if smaller and larger:
+            values[low] = np.minimum(one, other, out=spare)
+            values[high] = np.maximum(one, other, out=own[high])
+            own[low], spare = spare, own[low]
+        elif smaller:
+            values[low] = np.minimum(one, other, out=own[low])
+        else:
+            values[high] = np.maximum(one, other, out=own[high])
+    return values
+
+
+def _parts(updates: Sequence[Update], coordinates: int) -> list[_Part]:
+    step = max(1, coordinates)
     return [
         (layer, slice(start, start + step))
         for layer, array in enumerate(updates[0].delta)
         for start in range(0, array.size, step)
     ]
+
+
+def _pieces(updates: Sequence[Update], part: _Part) -> list[NDArray[np.float32]]:
+    """Return a part of every update, `[coordinates]` each."""
+    return [update.delta[part[0]].reshape(-1)[part[1]] for update in updates]
 
 
 class _Scratch(threading.local):
@@ -188,7 +254,7 @@ class _Scratch(threading.local):
 
     def rows(self, updates: Sequence[Update], part: _Part, dtype: Any) -> NDArray[Any]:
         """Return a copy of a part of every update, `[n, coordinates]`."""
-        pieces = [update.delta[part[0]].reshape(-1)[part[1]] for update in updates]
+        pieces = _pieces(updates, part)
         values = self.array("rows", (len(pieces), pieces[0].size), dtype)
         for row, piece in zip(values, pieces, strict=True):
             row[:] = piece
@@ -196,9 +262,11 @@ class _Scratch(threading.local):
 
 
 def _by_part(
-    updates: Sequence[Update], made: Callable[[_Scratch, _Part], NDArray[np.floating[Any]]]
+    updates: Sequence[Update],
+    made: Callable[[_Scratch, _Part], NDArray[np.floating[Any]]],
+    parts: Sequence[_Part],
 ) -> Weights:
-    """Return the layers whose parts are `made`, on all cores."""
+    """Return the layers whose `parts` are `made`, on all cores."""
     layers = [np.empty(layer.shape, np.float32) for layer in updates[0].delta]
     scratch = _Scratch()
 
@@ -207,7 +275,7 @@ def _by_part(
         layers[layer].reshape(-1)[piece] = made(scratch, part)
 
     with _all_cores() as each:
-        list(each(fill, _parts(updates)))
+        list(each(fill, parts))
     return layers
 
 

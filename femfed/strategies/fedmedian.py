@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from femfed.strategies.base import Strategy, Update, Weights
-from femfed.strategies.columns import by_coordinate
+from femfed.strategies.columns import by_rank
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,8 @@ class FedMedian(Strategy):
         """Return the coordinate-wise median."""
         low, high = (len(updates) - 1) // 2, len(updates) // 2
 
-        def median(values: NDArray[np.float32]) -> NDArray[np.float64]:
-            values.sort(axis=1)
-            middle: NDArray[np.float64] = values[:, [low, high]].mean(axis=1, dtype=np.float64)
+        def median(values: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+            middle: NDArray[np.float64] = np.add(values[low], values[high], dtype=np.float64) / 2
             return middle
 
-        return by_coordinate(updates, median)
+        return by_rank(updates, [low, high], median)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from femfed import UserError
 from femfed.strategies.base import Strategy, Update, Weights
-from femfed.strategies.columns import by_coordinate
+from femfed.strategies.columns import by_rank
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,12 @@ class FedTrimmedMean(Strategy):
         n = len(updates)
         cut = min(int(self.trim_fraction * n + 1e-9), (n - 1) // 2)
 
-        def trimmed_mean(values: NDArray[np.float32]) -> NDArray[np.float64]:
-            values.sort(axis=1)
-            mean: NDArray[np.float64] = values[:, cut : n - cut].mean(axis=1, dtype=np.float64)
-            return mean
+        kept = range(cut, n - cut)
 
-        return by_coordinate(updates, trimmed_mean)
+        def trimmed_mean(values: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+            total = values[cut].astype(np.float64)
+            for rank in kept[1:]:
+                total += values[rank]
+            return total / len(kept)
+
+        return by_rank(updates, kept, trimmed_mean)
