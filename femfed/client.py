@@ -384,7 +384,7 @@ class LocalTraining:
             parallel_iterations=1,
         )
         for each, its in zip(deferred, kept, strict=True):
-            each.finish(its)
+            each.take(its, last=True)
         return loss_sum, correct
 
     def _step_once(

@@ -100,20 +100,25 @@ class Deferred:
         slopes = tf.raw_ops.InplaceUpdate(x=slopes, i=rows, v=slope)
         kept = inputs, slopes, after
         full = after > self._rows - self._batch_size
-        return inputs, slopes, tf.cond(full, lambda: self.finish(kept), lambda: after)
+        return inputs, slopes, tf.cond(full, lambda: self.take(kept), lambda: after)
 
-    def finish(self, kept: Kept) -> tf.Tensor:
-        """Take the steps that are kept and return how many rows are: none."""
+    def take(self, kept: Kept, *, last: bool = False) -> tf.Tensor:
+        """Take the steps that are kept and return how many rows are: none.
+
+        Args:
+            kept: inputs and slopes.
+            last: whether no product follows.
+        """
         inputs, slopes, used = kept
 
-        def take() -> tf.Tensor:
+        def rewrite() -> tf.Tensor:
             gradient = tf.matmul(inputs[:used], slopes[:used], transpose_a=True)
             apply_gradient(self.kernel, self._rate, gradient)
-            if self._cast is not None:
+            if self._cast is not None and not last:
                 self._cast.assign(tf.cast(self.kernel, self._dtype))
             return tf.constant(0)
 
-        return tf.cond(used > 0, take, lambda: tf.constant(0))
+        return tf.cond(used > 0, rewrite, lambda: tf.constant(0))
 
 
 def apply_gradient(weight: tf.Variable, rate: float, gradient: tf.Tensor) -> None:

@@ -58,9 +58,9 @@ class DivergedError(RunError):
     """A client's training left the finite numbers."""
 
 
-def flatten(weights: Weights) -> NDArray[np.float32]:
-    """Return all weights in order as one vector."""
-    return np.concatenate([layer.ravel() for layer in weights])
+def flatten(weights: Weights, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Return all weights in order as one vector: `out`, or a new one."""
+    return np.concatenate([layer.ravel() for layer in weights], out=out)
 
 
 def unflatten(vector: NDArray[Any], shapes: Sequence[tuple[int, ...]]) -> list[NDArray[Any]]:

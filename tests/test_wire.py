@@ -145,7 +145,7 @@ def test_the_number_of_bundles_depends_on_no_size() -> None:
 def test_no_two_workers_take_the_same_client(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path, PARAMETERS)
     for _ in range(2):  # the turns of one phase after those of another
-        content, turns = outbox.publish(np.zeros(PARAMETERS, np.float32)), outbox.start_turns()
+        content, turns = outbox.publish([np.zeros(PARAMETERS, np.float32)]), outbox.start_turns()
         inboxes = [Inbox(PARAMETERS) for _ in range(8)]
         with ThreadPoolExecutor(8) as pool:
             some = [pool.submit(list, each.places(content, turns, 500)) for each in inboxes]
@@ -157,7 +157,7 @@ def test_no_two_workers_take_the_same_client(tmp_path: Path) -> None:
 
 def test_turns_end_when_one_says_so(tmp_path: Path) -> None:
     outbox, inbox = Outbox(tmp_path, PARAMETERS), Inbox(PARAMETERS)
-    content, turns = outbox.publish(np.zeros(PARAMETERS, np.float32)), outbox.start_turns()
+    content, turns = outbox.publish([np.zeros(PARAMETERS, np.float32)]), outbox.start_turns()
     places = inbox.places(content, turns, 10)
     assert next(places) == 0
     Inbox(PARAMETERS).end_turns(content, turns)
@@ -169,7 +169,7 @@ def test_turns_end_when_one_says_so(tmp_path: Path) -> None:
 
 def test_who_is_left_of_an_engine_takes_no_turn_of_the_next(tmp_path: Path) -> None:
     old, new = Outbox(tmp_path, PARAMETERS), Outbox(tmp_path, PARAMETERS)
-    content = new.publish(np.zeros(PARAMETERS, np.float32))
+    content = new.publish([np.zeros(PARAMETERS, np.float32)])
     before, after = old.start_turns(), new.start_turns()
     assert len(list(Inbox(PARAMETERS).places(content, before, 10))) == 10
     assert list(Inbox(PARAMETERS).places(content, after, 10)) == list(range(10))
@@ -202,7 +202,7 @@ def test_weights_arrive(folder: Path | None, weights: np.ndarray) -> None:
     outbox, inbox = Outbox(folder, PARAMETERS), Inbox(PARAMETERS)
 
     for sent in (weights, -weights):  # the second time over what is there
-        found = inbox.weights(outbox.publish(sent))
+        found = inbox.weights(outbox.publish([sent]))
         assert found.dtype == np.float32
         assert np.array_equal(found, sent)
 
@@ -213,7 +213,7 @@ def test_the_mean_of_several_workers(
     outbox, replies, parts = Outbox(folder, PARAMETERS), [], sums(3)
     for pid, part in enumerate(parts, start=1):
         monkeypatch.setattr("femfed.engine.wire.os.getpid", lambda pid=pid: pid)
-        content, inbox = outbox.publish(weights), Inbox(PARAMETERS)
+        content, inbox = outbox.publish([weights]), Inbox(PARAMETERS)
         total, lives_on = inbox.sum(content)
         assert (total.shape, total.dtype, lives_on) == (
             (PARAMETERS,),
@@ -237,7 +237,7 @@ def test_a_worker_that_replies_twice_is_counted_once(tmp_path: Path, weights: np
     outbox, inbox, replies = Outbox(tmp_path, PARAMETERS), Inbox(PARAMETERS), []
     first, second = sums(2)
     for part, begins in ((first, True), (second, False)):
-        total, lives_on = inbox.sum(outbox.publish(weights))
+        total, lives_on = inbox.sum(outbox.publish([weights]))
         total[:] = part if begins else total + part
         replies.append(RecordDict())
         inbox.put_sum(replies[-1], total, lives_on=lives_on)
@@ -252,7 +252,7 @@ def test_single_updates_arrive_in_their_rows(folder: Path | None, weights: np.nd
     rows = np.arange(5 * PARAMETERS, dtype=np.float32).reshape(5, PARAMETERS)
     replies = []
     for places in slots:
-        content, reply = outbox.publish(weights), RecordDict()
+        content, reply = outbox.publish([weights]), RecordDict()
         inbox = Inbox(PARAMETERS)
         updates = inbox.updates(content, places)
         for update, row in zip(updates, rows[places], strict=True):
@@ -270,7 +270,7 @@ def test_an_inbox_follows_the_run_to_its_folder(tmp_path: Path, weights: np.ndar
     inbox = Inbox(PARAMETERS)
     for sent, name in ((weights, "one"), (-weights, "two")):
         (tmp_path / name).mkdir()
-        content = Outbox(tmp_path / name, PARAMETERS).publish(sent)
+        content = Outbox(tmp_path / name, PARAMETERS).publish([sent])
 
         assert np.array_equal(inbox.weights(content), sent)
 
@@ -298,7 +298,7 @@ def test_a_full_memory_is_told_before_it_is_used(
 
 
 def test_weights_that_are_gone_are_an_error(tmp_path: Path, weights: np.ndarray) -> None:
-    content = Outbox(tmp_path, PARAMETERS).publish(weights)
+    content = Outbox(tmp_path, PARAMETERS).publish([weights])
     (tmp_path / "weights").unlink()
 
     with pytest.raises(FileNotFoundError):

@@ -41,7 +41,7 @@ from femfed.engine.wire import (
     shared_folder,
     to_json,
 )
-from femfed.local import LARGEST_SUM, DivergedError, Local, flatten, unflatten
+from femfed.local import LARGEST_SUM, DivergedError, Local, unflatten
 from femfed.models import Model
 from femfed.seeds import generator
 from femfed.strategies.base import Outcome, State, Strategy, Update, Weights
@@ -577,7 +577,7 @@ class GridWorkers:
             self._published = weights
             self._version += 1
             sent = [weights, *(state[name] for name in self._job.strategy.broadcasts)]
-            self._shared = self._outbox.publish(flatten([array for each in sent for array in each]))
+            self._shared = self._outbox.publish([array for each in sent for array in each])
         return self._shared
 
     def _content(self, shared: RecordDict, **task: Any) -> RecordDict:

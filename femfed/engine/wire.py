@@ -15,7 +15,7 @@ import os
 import select
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from femfed import UserError
 from femfed.engine.folders import OwnedFolder
+from femfed.local import flatten
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "femfed-"
@@ -156,11 +157,11 @@ class Outbox:
                 folder / "weights", down * parameters, np.float32, create=True
             )
 
-    def publish(self, weights: Vector) -> RecordDict:
+    def publish(self, weights: Sequence[NDArray[np.float32]]) -> RecordDict:
         """Return what every message carries so that a worker can load `weights`."""
         if self._folder is None:
-            return RecordDict({"weights": ArrayRecord([weights])})
-        self._files["weights"][:] = weights
+            return RecordDict({"weights": ArrayRecord([flatten([*weights])])})
+        flatten([*weights], out=self._files["weights"])
         return RecordDict({"folder": ConfigRecord({"path": str(self._folder)})})
 
     def start_turns(self) -> str:
