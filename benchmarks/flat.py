@@ -4,8 +4,9 @@
     python -m benchmarks.flat --parts population long --rounds 3
 
 - population: 100 to 3,597 writers at a cohort of 10, rounds in turn: seconds, memory of the driver.
-- cohort: 10 to 1,000 clients a round in turn: seconds a client, memory of all processes.
-- workers: 1 to as many as cores: the speed-up of a round of 100 beside that of the bare floor.
+- cohort: 10 to 1,000 clients a round in turn: seconds a client, memory of all processes, and the
+  workers' without the images, which are pages of a file that the workers share.
+- workers: 1 to as many as cores, in turn: the speed-up of a round of 100 beside the bare floor's.
 - long: 1,500 rounds of 10 clients with 20 images each: the memory of all processes and the round's
   seconds, the last hundred rounds against those after the first fifty.
 
@@ -13,6 +14,7 @@ The model is the CNN with dropout; 180 images a client but for the last part.
 """
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.bench import CORES, MODELS, equal_writers, floor, job, run, temporary_cache
-from benchmarks.memory import Memory, memory, show
+from benchmarks.memory import Memory, memory, own, show
+from benchmarks.memory import workers as worker_ids
 from femfed.engine.federation import Federation
 from femfed.engine.ray import RayEngine
 from femfed.engine.rounds import Round
@@ -91,36 +94,44 @@ def cohort(folder: Path, rounds: int) -> None:
                 seconds[size] += rounds_of(engine, folder, max(COHORTS), max(COHORTS), size, count)
                 driver, workers = memory()
                 each = float(np.median(seconds[size])) / size
+                without = sum(map(own, worker_ids()))
                 print(
-                    f"cohort {size:>5}: {1000 * each:7.2f} ms a client  "
-                    f"driver {driver:7.1f} MiB, workers {workers:7.1f} MiB",
+                    f"cohort {size:>5}: {1000 * each:7.2f} ms a client  driver {driver:7.1f} MiB, "
+                    f"workers {workers:7.1f} MiB, without mapped files {without:7.1f} MiB",
                     flush=True,
                 )
 
 
 def workers(folder: Path, rounds: int) -> None:
-    """From one worker to one a core, the floor beside it."""
-    first: dict[str, float] = {}
-    for count in range(1, CORES + 1):
-        work = job(equal_writers(folder, 100), MODEL, 100, rounds + 2, workers=count)
-        found: dict[str, list[float]] = {"round": [], "floor": []}
-        with floor(work) as floor_round, RayEngine(count, False, MODEL.parameters) as engine:
+    """From one worker to one a core, each beside its floor, again and again."""
+    counts = range(1, CORES + 1)
+    store = equal_writers(folder, 100)
+    jobs = {count: job(store, MODEL, 100, 4, workers=count) for count in counts}
+    found: dict[tuple[str, int], list[float]] = {}
+    with contextlib.ExitStack() as floors:
+        bare = {count: floors.enter_context(floor(work)) for count, work in jobs.items()}
+        for _ in range(rounds):
+            for count, work in jobs.items():
+                seconds: dict[str, list[float]] = {"round": [], "floor": []}
 
-            def on_round(
-                finished: Round,
-                found: dict[str, list[float]] = found,
-                floor_round: Callable[[], float] = floor_round,
-            ) -> None:
-                if not finished.is_last:
-                    found["round"].append(finished.seconds_train)
-                    found["floor"].append(floor_round())
+                def on_round(
+                    finished: Round,
+                    seconds: dict[str, list[float]] = seconds,
+                    once: Callable[[], float] = bare[count],
+                ) -> None:
+                    if not finished.is_last:  # which is evaluated
+                        seconds["round"].append(finished.seconds_train)
+                        seconds["floor"].append(once())
 
-            engine.run(run(work, on_round), folder)
-        medians = {name: float(np.median(values[1:])) for name, values in found.items()}
-        first = first or medians
+                with RayEngine(count, False, MODEL.parameters) as engine:
+                    engine.run(run(work, on_round), folder)
+                for name, values in seconds.items():
+                    found.setdefault((name, count), []).append(float(np.median(values[1:])))
+    for count in counts:
         line = "  ".join(
-            f"{name} {value:7.3f} s, {first[name] / value:5.3f} x as fast as with one"
-            for name, value in medians.items()
+            f"{name} {np.median(found[name, count]):7.3f} s, "
+            f"{np.median(np.divide(found[name, 1], found[name, count])):5.3f} x as fast as with one"
+            for name in ("round", "floor")
         )
         print(f"workers {count}: {line}", flush=True)
 

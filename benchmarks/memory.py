@@ -25,10 +25,21 @@ def resident(pid: int | str) -> float:
     return pages * 4096 / 2**20
 
 
+def own(pid: int | str) -> float:
+    """Return a process's resident memory in MiB without the pages of files that it has mapped."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    kinds = ("RssAnon:", "RssShmem:")
+    return sum(int(line.split()[1]) for line in lines if line.startswith(kinds)) / 1024
+
+
+def workers() -> list[int]:
+    """Return the process ids of this process's workers."""
+    return [pid for pid, line in family(os.getpid()).items() if "ray::Client" in line]
+
+
 def memory() -> Memory:
     """Return the resident memory of this process and of the workers in MiB."""
-    lines = family(os.getpid()).items()
-    return resident("self"), sum(resident(pid) for pid, line in lines if "ray::Client" in line)
+    return resident("self"), sum(map(resident, workers()))
 
 
 def show(what: str, first: int, last: int, found: dict[int, Memory]) -> None:

@@ -8,12 +8,13 @@
 Prints, per model, cohort and strategy, the medians of: floor (one single-threaded process per core,
 same clients, FedAvg's compiled epoch, weighted deltas added up, no federation, whatever the
 strategy), round (femfed on Flower's Ray-backed engine), and their ratio round by round; a floor
-round is run right after every round, so that both see the same machine. Where a strategy has its
-clients compute something else than FedAvg, a second model, say, one more floor computes just that,
-with what clients remember kept in memory; `round/own floor` is the engine's share, `=` where they
-compute the same. The last columns are the pattern of Flower's TensorFlow quickstart in the same
-run, a model built and fitted for every client message: with Flower's default of two CPUs a client,
-and with one CPU and one thread each, which suits it better on few cores.
+round is run right after every round, so that both see the same machine. `round/own floor` is the
+engine's share where a strategy computes something else than FedAvg, and `=` where it does not: if
+its clients do, a second model, say, one more floor computes just that, with what clients remember
+kept in memory; if its server is given every update, as robust rules are, what it makes of them by
+itself is added to the floor. The last columns are the pattern of Flower's TensorFlow quickstart in
+the same run, a model built and fitted for every client message: with Flower's default of two CPUs a
+client, and with one CPU and one thread each, which suits it better on few cores.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +37,7 @@ from femfed.engine.apps import Job
 from femfed.engine.memory import Memories
 from femfed.engine.ray import RayEngine
 from femfed.engine.rounds import Round
-from femfed.strategies.base import Strategy
+from femfed.strategies.base import Cohort, Strategy
 
 CLIENTS_HALF = ("begin", "phases", "correct_gradients", "finish", "correct_personal_gradients")
 
@@ -46,6 +48,23 @@ def trains_as_fedavg(strategy: Strategy) -> bool:
     """Return whether the strategy's clients compute what FedAvg's do."""
     same = all(getattr(type(strategy), name) is getattr(Strategy, name) for name in CLIENTS_HALF)
     return same and not strategy.needs and not strategy.pools
+
+
+def rule_alone(strategy: Strategy, finished: Round) -> float:
+    """Return the seconds a strategy takes to make weights of a round's updates, if it gets them."""
+    if strategy.averages:
+        return 0.0
+    cohort = Cohort(
+        outcomes=finished.trained.outcomes,
+        drawn=len(finished.cohort),
+        clients=len(finished.cohort),
+        most_steps=finished.trained.most_steps,
+        weight_sum=finished.trained.weight_sum,
+        extra=[],
+    )
+    start = time.perf_counter()
+    strategy.combine(finished.weights, finished.trained.updates, finished.state, cohort)
+    return time.perf_counter() - start
 
 
 def warm_up(clients: int) -> int:
@@ -75,7 +94,9 @@ def measure(
         def on_round(finished: Round) -> None:
             if finished.number > warm_up(work.schedule.clients_per_round):
                 seconds = finished.seconds_total - finished.seconds_evaluate
-                found.append((seconds, *(once() for once in floors)))
+                alone = rule_alone(work.strategy, finished)
+                *common, own = [once() for once in floors]
+                found.append((seconds, *common, own, own + alone))
             Memories(work.memory).prune(finished.number - 1)
 
         engine.run(run(work, on_round), work.store.folder)
@@ -129,10 +150,11 @@ def main() -> None:
                 seconds, floors, own = measure(
                     engine, replace(work, strategy=strategy, memory=memory), bare
                 )
+                is_fedavg = trains_as_fedavg(strategy) and strategy.averages
                 line = (
                     f"{model:<10} {clients:>7}  {name:<21}  {np.median(floors):>7.3f}  "
                     f"{np.median(seconds):>7.3f}  {ratio(seconds, floors):>21}  "
-                    f"{'=' if trains_as_fedavg(strategy) else ratio(seconds, own):>25}"
+                    f"{'=' if is_fedavg else ratio(seconds, own):>25}"
                 )
                 if clients in options.quickstart_clients and name == "fedavg":
                     for cpus in (2, 1):
