@@ -100,8 +100,8 @@ def main() -> None:
         for precision in precisions:
             peaks[precision].append(2 * SIDE**3 / seconds(products[precision], 3))
         for case, training in trainings.items():
-            train[case].append(seconds(lambda t=training, n=turn: t.train(writer, n, 0)))  # type: ignore[misc]
-            evaluate[case].append(seconds(lambda t=training: t.evaluate(writer, writer.test)))  # type: ignore[misc]
+            train[case].append(seconds(lambda t=training, n=turn: t.train(writer, n, 0), 3))  # type: ignore[misc]
+            evaluate[case].append(seconds(lambda t=training: t.evaluate(writer, writer.test), 3))  # type: ignore[misc]
 
     print(f"one core, {EXAMPLES} images a client, batch {LOCAL.batch_size}, {options.turns} turns")
     for precision in precisions:
