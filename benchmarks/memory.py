@@ -25,8 +25,8 @@ def resident(pid: int | str) -> float:
     return pages * 4096 / 2**20
 
 
-def own(pid: int | str) -> float:
-    """Return a process's resident memory in MiB without the pages of files that it has mapped."""
+def without_files(pid: int | str) -> float:
+    """Return a process's resident memory in MiB without the pages of files on the disk."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     kinds = ("RssAnon:", "RssShmem:")
     return sum(int(line.split()[1]) for line in lines if line.startswith(kinds)) / 1024

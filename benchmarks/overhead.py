@@ -9,12 +9,12 @@ Prints, per model, cohort and strategy, the medians of: floor (one single-thread
 same clients, FedAvg's compiled epoch, weighted deltas added up, no federation, whatever the
 strategy), round (femfed on Flower's Ray-backed engine), and their ratio round by round; a floor
 round is run right after every round, so that both see the same machine. `round/own floor` is the
-engine's share where a strategy computes something else than FedAvg, and `=` where it does not: if
-its clients do, a second model, say, one more floor computes just that, with what clients remember
-kept in memory; if its server is given every update, as robust rules are, what it makes of them by
-itself is added to the floor. The last columns are the pattern of Flower's TensorFlow quickstart in
-the same run, a model built and fitted for every client message: with Flower's default of two CPUs a
-client, and with one CPU and one thread each, which suits it better on few cores.
+engine's share, and `=` where clients compute as FedAvg's do and the server is given their mean. If
+they compute something else, a second model, say, one more floor computes just that, with what they
+remember kept in memory; if the server is given every update, as robust rules are, what it makes of
+them by itself is added to the floor. The last columns are the pattern of Flower's TensorFlow
+quickstart in the same run, a model built and fitted for every client message: with Flower's default
+of two CPUs a client, and with one CPU and one thread each, which suits it better on few cores.
 """
 
 import argparse
@@ -95,13 +95,13 @@ def measure(
             if finished.number > warm_up(work.schedule.clients_per_round):
                 seconds = finished.seconds_total - finished.seconds_evaluate
                 alone = rule_alone(work.strategy, finished)
-                *common, own = [once() for once in floors]
-                found.append((seconds, *common, own, own + alone))
+                bare_seconds = [once() for once in floors]
+                found.append((seconds, bare_seconds[0], bare_seconds[-1] + alone))
             Memories(work.memory).prune(finished.number - 1)
 
         engine.run(run(work, on_round), work.store.folder)
     seconds = np.array(found)
-    return seconds[:, 0], seconds[:, 1], seconds[:, -1]
+    return seconds[:, 0], seconds[:, 1], seconds[:, 2]
 
 
 def quickstart(model: str, clients: int, cpus: int) -> float:
@@ -150,11 +150,11 @@ def main() -> None:
                 seconds, floors, own = measure(
                     engine, replace(work, strategy=strategy, memory=memory), bare
                 )
-                is_fedavg = trains_as_fedavg(strategy) and strategy.averages
+                shares = trains_as_fedavg(strategy) and strategy.averages
                 line = (
                     f"{model:<10} {clients:>7}  {name:<21}  {np.median(floors):>7.3f}  "
                     f"{np.median(seconds):>7.3f}  {ratio(seconds, floors):>21}  "
-                    f"{'=' if is_fedavg else ratio(seconds, own):>25}"
+                    f"{'=' if shares else ratio(seconds, own):>25}"
                 )
                 if clients in options.quickstart_clients and name == "fedavg":
                     for cpus in (2, 1):

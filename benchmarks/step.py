@@ -4,8 +4,9 @@
 
 Trains writers of 180 images in batches of twenty in this single-threaded process, with both CNNs
 and both precisions (where the CPU has bfloat16 products), in turns with a bare matrix product,
-whose speed is the core's peak. Printed are medians over the turns, and the share of the peak with
-its range. Evaluation is the forward pass alone, in batches of 512.
+whose speed is the core's peak. A turn counts the fastest of three calls of each; printed are
+medians over the turns, and the share of the peak with its range. Evaluation is the forward pass
+alone, in batches of 512.
 
 Operations are counted on paper: two per multiplication of the convolutions and matrix products,
 forward, gradient of the weights and gradient of the inputs (not of the images). How a product is

@@ -14,10 +14,6 @@ os.environ.update(
     TF_NUM_INTRAOP_THREADS="1",
     TF_NUM_INTEROP_THREADS="1",
     OPENBLAS_NUM_THREADS="1",  # of NumPy, in the robust rules' distances
-    # Of glibc, in workers: memory that is free again is used again, not given back and asked for at
-    # the next step, which costs more than to copy what goes there. The first needs the second.
-    MALLOC_TRIM_THRESHOLD_=str(2**30),
-    MALLOC_MMAP_THRESHOLD_=str(2**25),
     TF_CPP_MIN_LOG_LEVEL="3",
     TF_FORCE_GPU_ALLOW_GROWTH="true",
     KERAS_BACKEND="tensorflow",

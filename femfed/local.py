@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from femfed import RunError
-from femfed.strategies.base import Weights
 
 # A weighted delta is rounded to a multiple of 2**-30 by adding and subtracting GRID. Sums of such
 # multiples are exact in float64, and so depend on no order, as long as the sum of their magnitudes
@@ -58,7 +57,9 @@ class DivergedError(RunError):
     """A client's training left the finite numbers."""
 
 
-def flatten(weights: Weights, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+def flatten(
+    weights: Sequence[NDArray[np.float32]], out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
     """Return all weights in order as one vector: `out`, or a new one."""
     return np.concatenate([layer.ravel() for layer in weights], out=out)
 

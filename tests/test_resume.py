@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -367,6 +368,18 @@ def test_who_was_being_trained_by_the_dead(tmp_path: Path) -> None:
     assert left_by_the_dead(tmp_path) == [2]
     assert left_by_the_dead(tmp_path) == []
     assert [path.name for path in tmp_path.iterdir()] == [f"{AT}{os.getpid()}"]
+
+
+def test_a_worker_that_nobody_waited_for_is_dead(tmp_path: Path) -> None:
+    worker = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    assert worker.stdout is not None
+    np.array([3]).tofile(tmp_path / f"{AT}{worker.pid}")
+    worker.stdout.read()  # returns when it ends
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # and leaves it unburied
+
+    assert Path(f"/proc/{worker.pid}").exists()
+    assert left_by_the_dead(tmp_path) == [3]
+    worker.communicate()
 
 
 def test_a_writer_that_kills_its_worker_three_times_is_named(

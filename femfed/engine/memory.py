@@ -39,8 +39,7 @@ class Memories:
         """Return what a client remembers since `round`; None if that is 0, before its first."""
         if not round:
             return None
-        # Mapped, not read: it is copied once, into the model.
-        vector: Vector = np.load(self._path(client, round), mmap_mode="c", allow_pickle=False)
+        vector: Vector = np.load(self._path(client, round), allow_pickle=False)
         return vector
 
     def versions(self, clients: int, finished: int) -> NDArray[np.int64]:

@@ -361,6 +361,7 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         if not found and not folder.exists():  # as long as one dies, it may write
             return
+        time.sleep(0.01)
 
 
 def _descendants(*parts: str) -> list[int]:

@@ -87,10 +87,18 @@ def left_by_the_dead(folder: Path) -> list[int]:
     """Return the clients that workers which are gone were training, and forget them."""
     clients = []
     for path in folder.glob(f"{AT}*"):
-        if not Path(f"/proc/{path.name.removeprefix(AT)}").exists():
+        if not _lives(path.name.removeprefix(AT)):
             clients.append(int(np.fromfile(path, np.int64)[0]))
             path.unlink()
     return [client for client in clients if client != NOBODY]
+
+
+def _lives(pid: str) -> bool:
+    """Return whether a process runs; one that has ended and that nobody waited for has no name."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    except OSError:
+        return False
 
 
 def take_turn(path: Path) -> int:
@@ -160,8 +168,8 @@ class Outbox:
     def publish(self, weights: Sequence[NDArray[np.float32]]) -> RecordDict:
         """Return what every message carries so that a worker can load `weights`."""
         if self._folder is None:
-            return RecordDict({"weights": ArrayRecord([flatten([*weights])])})
-        flatten([*weights], out=self._files["weights"])
+            return RecordDict({"weights": ArrayRecord([flatten(weights)])})
+        flatten(weights, out=self._files["weights"])
         return RecordDict({"folder": ConfigRecord({"path": str(self._folder)})})
 
     def start_turns(self) -> str:

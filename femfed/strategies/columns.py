@@ -34,14 +34,14 @@ def by_rank(
 ) -> Weights:
     """Return what `rule` makes of every coordinate's values in ascending order, on all cores.
 
-    Memory does not grow with the model, nor with the clients from 64 on: a core has a few copies of
-    2^15 coordinates of all updates, or of 2^19 values where these are more, at a time.
+    Memory does not grow with the model: a core has a few copies of 2^15 coordinates of all updates
+    at a time, 8 MiB each for 64 updates, and of 2^19 values, 2 MiB, for more.
 
     Args:
         updates: of n clients, at least one.
         ranks: places in the order that the rule looks at, of 0 to n - 1.
         rule: given n arrays `[coordinates]` to read, the k-th smallest values k-th where k is of
-            `ranks`, in no order elsewhere; returns `[coordinates]`. Called from many threads.
+            `ranks`, whatever elsewhere; returns `[coordinates]`. Called from many threads.
     """
     n = len(updates)
     compares = n <= _MOST_COMPARED
@@ -182,9 +182,17 @@ def withstood(byzantine: int | None, n: int, each: int) -> int:
 
 @functools.cache
 def _network(n: int, ranks: tuple[int, ...]) -> tuple[_Comparison, ...]:
-    """Return the comparisons that bring the values of `ranks` among n to their places.
+    """Return the comparisons that bring the values of `ranks` among n to their places."""
+    wanted, network = set(ranks), list[_Comparison]()
+    for low, high in reversed(_merge_sort(n)):
+        if {low, high} & wanted:
+            network.append((low, high, low in wanted, high in wanted))
+            wanted |= {low, high}
+    return tuple(reversed(network))
 
-    Of Batcher's odd-even merge sort, those that these ranks depend on.
+
+def _merge_sort(n: int) -> list[tuple[int, int]]:
+    """Return which two of n values are compared, one after the other, until all are in order.
 
     Source: K. E. Batcher, "Sorting Networks and their Applications", AFIPS 1968,
     https://doi.org/10.1145/1468075.1468121
@@ -198,19 +206,14 @@ def _network(n: int, ranks: tuple[int, ...]) -> tuple[_Comparison, ...]:
                 pairs += [
                     (i, i + apart) for i in lows if i // (2 * run) == (i + apart) // (2 * run)
                 ]
-    wanted, network = set(ranks), list[_Comparison]()
-    for low, high in reversed(pairs):
-        if {low, high} & wanted:
-            network.append((low, high, low in wanted, high in wanted))
-            wanted |= {low, high}
-    return tuple(reversed(network))
+    return pairs
 
 
 def _compared(
     scratch: "_Scratch", values: list[NDArray[np.float32]], network: Sequence[_Comparison]
 ) -> list[NDArray[np.float32]]:
     """Take the comparisons of `network`; the arrays of `values` are read only."""
-    values = list(values)
+    values = list(values)  # each the update's own array or `own` of its place; `spare` is nobody's
     *own, spare = scratch.array("compared", (len(values) + 1, values[0].size), np.float32)
     for low, high, smaller, larger in network:
         one, other = values[low], values[high]

@@ -47,7 +47,6 @@ class FedTrimmedMean(Strategy):
         """Return the coordinate-wise trimmed mean."""
         n = len(updates)
         cut = min(int(self.trim_fraction * n + 1e-9), (n - 1) // 2)
-
         kept = range(cut, n - cut)
 
         def trimmed_mean(values: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
