@@ -119,6 +119,8 @@ class Results:
                 checkpoint.Checkpoint(finished.number, finished.weights, finished.state, about),
             )
             self._memories.prune(checkpoint.rounds(folder)[0])
+            if finished.is_last:
+                self._memories.remove_spare()
         self._progress.round(line, clients)
 
     def finish(

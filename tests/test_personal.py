@@ -128,7 +128,30 @@ def test_pruning_leaves_what_a_resumed_run_needs(tmp_path: Path) -> None:
             0,
             0 if finished < 5 else 5,
         ]
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.glob("*.npy"))) == 3
+
+
+def test_what_nobody_needs_is_overwritten(tmp_path: Path) -> None:
+    memories = Memories(tmp_path)
+    for client, round in ((0, 1), (0, 2), (1, 1), (1, 2)):
+        memories.keep(client, round, np.float32([client, round, 0, 0]))
+    first = {path.stat().st_ino for path in tmp_path.glob("*round_000001.npy")}
+    memories.prune(2)
+    memories.keep(2, 3, np.float32([2]))  # shorter than what was there
+
+    assert (tmp_path / "client_000002_round_000003.npy").stat().st_ino in first
+    assert memories.recall(2, 3).tolist() == [2]
+    assert memories.recall(0, 2).tolist() == [0, 2, 0, 0]
+    assert memories.versions(3, 9).tolist() == [2, 2, 3]
+    assert len(list((tmp_path / "spare").iterdir())) == 1
+
+    memories.remove_spare()
+    memories.keep(1, 3, np.float32([1]))  # with nothing to overwrite
+
+    assert memories.recall(1, 3).tolist() == [1]
+    assert sorted(path.name[:13] for path in tmp_path.iterdir()) == [
+        f"client_{client:06d}" for client in (0, 1, 1, 2)
+    ]
 
 
 def test_a_strategy_without_memory_leaves_no_folder(store: WriterStore, tmp_path: Path) -> None:

@@ -2,9 +2,14 @@
 
 Versions make resuming exact: whoever starts again after round r takes every client's newest version
 of a round up to r, whatever was written after it. A writer who never took part has no file.
+
+Files that nobody needs any more are overwritten rather than removed: their pages are in memory, and
+new ones for a model a client cost more than what is written there.
 """
 
+import contextlib
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +27,7 @@ class Memories:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._spare = folder / "spare"  # files to overwrite
 
     def keep(self, client: int, round: int, vector: Vector) -> None:
         """Write what a client remembers after a round, whole or not at all."""
@@ -29,8 +35,9 @@ class Memories:
         path = self._path(client, round)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with partial.open("wb") as file:
+            with partial.open("r+b" if self._takes_spare(partial) else "wb") as file:
                 np.save(file, vector, allow_pickle=False)
+                file.truncate()
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -59,7 +66,11 @@ class Memories:
             os.close(descriptor)
 
     def prune(self, round: int) -> None:
-        """Remove what is not needed by anyone who starts again after `round` or later."""
+        """Let go of what is not needed by anyone who starts again after `round` or later.
+
+        The next round overwrites it; what this one has not is removed.
+        """
+        self.remove_spare()
         kept = self._kept()
         newest: dict[int, int] = {}
         for client, version in kept:
@@ -67,7 +78,22 @@ class Memories:
                 newest[client] = max(newest.get(client, 0), version)
         for client, version in kept:
             if version < newest.get(client, 0):
-                self._path(client, version).unlink(missing_ok=True)
+                self._spare.mkdir(exist_ok=True)
+                path = self._path(client, version)
+                path.rename(self._spare / path.name)
+
+    def remove_spare(self) -> None:
+        """Remove what `prune` let go of and no round has overwritten."""
+        shutil.rmtree(self._spare, ignore_errors=True)
+
+    def _takes_spare(self, partial: Path) -> bool:
+        """Move a file that nobody needs to `partial`; return whether there was one."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._spare) as spare:
+            for entry in spare:
+                with contextlib.suppress(FileNotFoundError):  # another worker was sooner
+                    Path(entry).rename(partial)
+                    return True
+        return False
 
     def _path(self, client: int, round: int) -> Path:
         return self._folder / f"client_{client:06d}_round_{round:06d}.npy"
