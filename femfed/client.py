@@ -6,7 +6,6 @@ batches. What a client computes is a function of (global weights, writer, seed, 
 of nothing else, neither of the worker nor of who was trained before.
 """
 
-import ctypes
 import functools
 import gc
 import os
@@ -20,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from femfed import UserError
+from femfed import UserError, keep_freed_memory
 from femfed.data.store import Rows, Writer
 from femfed.forward import Deferred, Dropouts, Kept, apply_gradient, drops, forward
 from femfed.local import GRID, LARGEST_SUM, DivergedError, Local, unflatten
@@ -31,7 +30,6 @@ from femfed.strategies.base import Outcome, Strategy, Weights
 _CHUNK = 65_536  # elements folded at a time: the temporaries stay in the core's second-level cache
 _GRADIENT_BATCH = 128  # images; bounds the memory of a full gradient
 _EVALUATION_BATCH = 512  # images; bounds the memory of a writer with thousands of them
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's numbers of them
 
 FloatSum = NDArray[np.float64]
 Step = Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor, list[Kept]]]
@@ -56,7 +54,7 @@ class LocalTraining:
         seed: int,
         precision: str = "float32",
     ) -> None:
-        _keep_freed_memory()
+        keep_freed_memory()
         self._model, self._strategy, self._local, self._seed = model, strategy, local, seed
         self.model = model.build(seed, precision)
         self._weights = [variable.value for variable in self.model.trainable_variables]
@@ -561,18 +559,6 @@ class LocalTraining:
             parallel_iterations=1,
         )
         return loss_sum, correct
-
-
-def _keep_freed_memory() -> None:
-    """Have this process use memory again that is free, rather than give it back to the system.
-
-    To ask for it anew at the next client costs more than to copy weights there. Where the C library
-    is another than glibc, nothing changes.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_TRIM_THRESHOLD, 2**30)
-        mallopt(_MMAP_THRESHOLD, 2**25)  # fixed by the line before; glibc's largest
 
 
 def forget() -> None:

@@ -19,7 +19,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from femfed import Stopped, UserError, light_imports
+from femfed import Stopped, UserError, keep_freed_memory, light_imports
 from femfed.engine.folders import OwnedFolder
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class RayEngine:
 
     def __init__(self, workers: int, by_value: bool, parameters: int) -> None:
         _check_memory(workers, parameters)
+        keep_freed_memory()
         self.workers = workers
         self._object_store = None if by_value else OBJECT_STORE
         self._ray = contextlib.ExitStack()

@@ -1,6 +1,6 @@
 """Weights, Update and Strategy; a Strategy that overrides nothing is FedAvg."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +11,9 @@ from femfed import UserError
 
 Weights = list[NDArray[np.float32]]
 State = dict[str, Weights]
+Array = NDArray[np.float32]
+
+_PIECE = 2**16  # elements: what an expression of NumPy leaves on its way stays in the cache
 Memory = dict[str, Weights]
 
 # The weight of every client where all count alike. Sums are rounded to multiples of 2**-30; about
@@ -251,6 +254,31 @@ class Strategy:
         makes of them.
         """
         return self.apply(weights, self.aggregate(updates), state, cohort)
+
+
+def elementwise(step: Callable[..., Sequence[Array]], *lists: Weights) -> list[Weights]:
+    """Return what `step` makes of arrays of the same shapes, element by element.
+
+    ```
+    stepped, velocity = elementwise(lambda w, d, v: (w + v + d, v + d), weights, delta, velocity)
+    ```
+
+    Args:
+        step: given one piece of an array from each list, flattened; returns as long pieces, one for
+            each list that is made.
+        lists: like the weights.
+    """
+    made = []
+    for arrays in zip(*lists, strict=True):
+        flat, new = [array.reshape(-1) for array in arrays], list[Array]()
+        for start in range(0, max(1, flat[0].size), _PIECE):
+            piece = slice(start, start + _PIECE)
+            values = step(*(array[piece] for array in flat))
+            new = new or [np.empty(flat[0].size, value.dtype) for value in values]
+            for array, value in zip(new, values, strict=True):
+                array[piece] = value
+        made.append([array.reshape(arrays[0].shape) for array in new])
+    return [list(each) for each in zip(*made, strict=True)]
 
 
 @dataclass(frozen=True)

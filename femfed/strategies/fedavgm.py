@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from femfed import UserError
-from femfed.strategies.base import Cohort, State, Strategy, Weights
+from femfed.strategies.base import Array, Cohort, State, Strategy, Weights, elementwise
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,11 @@ class FedAvgM(Strategy):
         self, weights: Weights, delta: Weights, state: State, cohort: Cohort
     ) -> tuple[Weights, State]:
         """Return the weights after a step along the new velocity, and that velocity."""
-        stepped, velocity = [], []
-        for w, d, v in zip(weights, delta, state["velocity"], strict=True):
+
+        def step(w: Array, d: Array, v: Array) -> tuple[Array, Array]:
             v = self.server_momentum * v + d
             ahead = self.server_momentum * v + d if self.nesterov else v
-            stepped.append(w + self.server_learning_rate * ahead)
-            velocity.append(v)
+            return w + self.server_learning_rate * ahead, v
+
+        stepped, velocity = elementwise(step, weights, delta, state["velocity"])
         return stepped, {"velocity": velocity}

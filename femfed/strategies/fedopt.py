@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from femfed import UserError
-from femfed.strategies.base import Cohort, State, Strategy, Weights
+from femfed.strategies.base import Array, Cohort, State, Strategy, Weights, elementwise
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,11 @@ class FedOpt(Strategy):
     ) -> tuple[Weights, State]:
         """Return the weights after a step of SGD, and the new velocity."""
         rate = self.server_learning_rate * (1 - self.dampening)
-        stepped, velocity = [], []
-        for w, d, v in zip(weights, delta, state["velocity"], strict=True):
-            step = rate * d
-            v = self.server_momentum * v + step
-            stepped.append(w + (self.server_momentum * v + step if self.nesterov else v))
-            velocity.append(v)
+
+        def step(w: Array, d: Array, v: Array) -> tuple[Array, Array]:
+            along = rate * d
+            v = self.server_momentum * v + along
+            return w + (self.server_momentum * v + along if self.nesterov else v), v
+
+        stepped, velocity = elementwise(step, weights, delta, state["velocity"])
         return stepped, {"velocity": velocity}

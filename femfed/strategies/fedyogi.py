@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from femfed import UserError
-from femfed.strategies.base import Cohort, State, Strategy, Weights
+from femfed.strategies.base import Array, Cohort, State, Strategy, Weights, elementwise
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ class FedYogi(Strategy):
         rate, t = self.server_learning_rate, float(rounds[0])
         if self.bias_correction:
             rate *= (1 - self.beta_2**t) ** 0.5 / (1 - self.beta_1**t)
-        stepped, first, second = [], [], []
-        moments = zip(state["first_moment"], state["accumulator"], strict=True)
-        for w, d, (m, v) in zip(weights, delta, moments, strict=True):
+
+        def step(w: Array, d: Array, m: Array, v: Array) -> tuple[Array, Array, Array]:
             m = self.beta_1 * m + (1 - self.beta_1) * d
             square = d * d
             v = v - (1 - self.beta_2) * square * np.sign(v - square)
             scale = np.sqrt(v + self.tau) if self.tau_inside_root else np.sqrt(v) + self.tau
-            stepped.append(w + rate * m / scale)
-            first.append(m)
-            second.append(v)
+            return w + rate * m / scale, m, v
+
+        moments = state["first_moment"], state["accumulator"]
+        stepped, first, second = elementwise(step, weights, delta, *moments)
         return stepped, {"first_moment": first, "accumulator": second, "rounds": [rounds]}
