@@ -48,7 +48,8 @@ from femfed.strategies.base import Outcome, State, Strategy, Update, Weights
 
 POLL = 0.001  # seconds between two looks for a reply that is on its way
 DEADLY = 3  # times that a client's training may end its worker in one round
-PATIENCE = 0.02  # seconds until the next look for replies that nobody has announced
+PATIENCE = 0.02  # seconds until the next look for replies that nobody announces
+ANNOUNCED = 0.1  # the same where workers ring: a look takes a millisecond from one of them
 
 COLUMNS = tuple(each.name for each in fields(Outcome))
 
@@ -612,6 +613,7 @@ class GridWorkers:
             for content, node in zip(contents, self._nodes[: len(contents)], strict=True)
         ]
         ringing = 0
+        patience = PATIENCE if self._job.by_value or kind == "query" else ANNOUNCED
         places = {name: place for place, name in enumerate(self._grid.push_messages(messages))}
         replies: dict[int, RecordDict] = {}
         while len(replies) < len(contents):
@@ -628,7 +630,7 @@ class GridWorkers:
             on_wait(set(replies))
             ringing = max(0, ringing - len(arrived))
             if not arrived:
-                ringing += self._outbox.wait(POLL if ringing else PATIENCE)
+                ringing += self._outbox.wait(POLL if ringing else patience)
         return [replies[place] for place in range(len(contents))]
 
     def _checked(self, content: RecordDict) -> RecordDict:
