@@ -22,8 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.bench import CORES, MODELS, equal_writers, floor, job, run, temporary_cache
-from benchmarks.memory import Memory, memory, show, without_files
-from benchmarks.memory import workers as worker_ids
+from benchmarks.memory import Memory, memory, show, without_files, worker_processes
 from femfed.engine.federation import Federation
 from femfed.engine.ray import RayEngine
 from femfed.engine.rounds import Round
@@ -94,7 +93,7 @@ def cohort(folder: Path, rounds: int) -> None:
                 seconds[size] += rounds_of(engine, folder, max(COHORTS), max(COHORTS), size, count)
                 driver, workers = memory()
                 each = float(np.median(seconds[size])) / size
-                without = sum(map(without_files, worker_ids()))
+                without = sum(map(without_files, worker_processes()))
                 print(
                     f"cohort {size:>5}: {1000 * each:7.2f} ms a client  driver {driver:7.1f} MiB, "
                     f"workers {workers:7.1f} MiB, without files {without:7.1f} MiB",

@@ -32,14 +32,14 @@ def without_files(pid: int | str) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith(kinds)) / 1024
 
 
-def workers() -> list[int]:
+def worker_processes() -> list[int]:
     """Return the process ids of this process's workers."""
     return [pid for pid, line in family(os.getpid()).items() if "ray::Client" in line]
 
 
 def memory() -> Memory:
     """Return the resident memory of this process and of the workers in MiB."""
-    return resident("self"), sum(map(resident, workers()))
+    return resident("self"), sum(map(resident, worker_processes()))
 
 
 def show(what: str, first: int, last: int, found: dict[int, Memory]) -> None:

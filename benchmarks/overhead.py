@@ -37,7 +37,7 @@ from femfed.engine.apps import Job
 from femfed.engine.memory import Memories
 from femfed.engine.ray import RayEngine
 from femfed.engine.rounds import Round
-from femfed.strategies.base import Cohort, Strategy
+from femfed.strategies.base import Strategy
 
 CLIENTS_HALF = ("begin", "phases", "correct_gradients", "finish", "correct_personal_gradients")
 
@@ -54,16 +54,11 @@ def rule_alone(strategy: Strategy, finished: Round) -> float:
     """Return the seconds a strategy takes to make weights of a round's updates, if it gets them."""
     if strategy.averages:
         return 0.0
-    cohort = Cohort(
-        outcomes=finished.trained.outcomes,
-        drawn=len(finished.cohort),
-        clients=len(finished.cohort),
-        most_steps=finished.trained.most_steps,
-        weight_sum=finished.trained.weight_sum,
-        extra=[],
-    )
+    trained, drawn = finished.trained, len(finished.cohort)
     start = time.perf_counter()
-    strategy.combine(finished.weights, finished.trained.updates, finished.state, cohort)
+    strategy.combine(
+        finished.weights, trained.updates, finished.state, trained.summary(drawn, drawn)
+    )
     return time.perf_counter() - start
 
 
@@ -100,8 +95,8 @@ def measure(
             Memories(work.memory).prune(finished.number - 1)
 
         engine.run(run(work, on_round), work.store.folder)
-    seconds = np.array(found)
-    return seconds[:, 0], seconds[:, 1], seconds[:, 2]
+    rounds, common, own_floor = np.array(found).T
+    return rounds, common, own_floor
 
 
 def quickstart(model: str, clients: int, cpus: int) -> float:

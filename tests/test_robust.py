@@ -460,7 +460,7 @@ def test_memory_is_that_of_a_part(
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 
-    assert peak < 4_000_000 + 24_000_000  # the result, and a few copies of 2^19 values a core
+    assert peak < 4_000_000 + 10_000_000  # the result, and a few copies of 2^18 values a core
 
 
 @every_rule

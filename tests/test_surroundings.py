@@ -31,6 +31,7 @@ from omegaconf import OmegaConf
 import simulate
 from femfed import UserError, config, results
 from femfed.engine.memory import Memories
+from femfed.engine.wire import lives
 from tests.test_simulate import family, rows, summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -380,12 +381,6 @@ def test_sigterm_while_a_run_starts(start: Start, moment: str) -> None:
     assert line.startswith("error: stopped")
 
 
-def alive(pid: int) -> bool:
-    """Return whether a process is there, dead ones whom nobody has buried yet left out."""
-    line = Path(f"/proc/{pid}/cmdline")
-    return line.exists() and line.read_bytes() != b""
-
-
 def rays_agents(run: Started) -> list[int]:
     """Return the processes that Ray's server has started for itself, once they are there."""
     return [pid for pid, line in family(run.process.pid).items() if re.match("ray::.+Agent", line)]
@@ -405,7 +400,7 @@ def test_those_that_lost_their_parent_end_too(start: Start) -> None:
 
         assert run.process.returncode == 143, run.err
         assert run.left() == []
-        assert not [pid for pid in agents if alive(pid)]
+        assert not [pid for pid in agents if lives(pid)]
     finally:
         for agent in agents:
             with contextlib.suppress(ProcessLookupError):

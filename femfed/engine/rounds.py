@@ -52,6 +52,22 @@ class Trained:
     outcomes: Sequence[Outcome]
     seconds: Sequence[float]
 
+    def summary(self, drawn: int, clients: int) -> Cohort:
+        """Return what the server knows of the cohort besides the updates.
+
+        Args:
+            drawn: clients drawn for the round.
+            clients: of the federation.
+        """
+        return Cohort(
+            outcomes=self.outcomes,
+            drawn=drawn,
+            clients=clients,
+            most_steps=self.most_steps,
+            weight_sum=self.weight_sum,
+            extra=self.extra,
+        )
+
 
 class Workers(Protocol):
     """Whoever trains and evaluates: Flower's grid behind `apps.py`, or a fake in a test."""
@@ -145,14 +161,7 @@ def run_rounds(
             trained = workers.train(weights, state, cohort, number)
         seconds_train = clock() - start
         if trained.outcomes:
-            summary = Cohort(
-                outcomes=trained.outcomes,
-                drawn=len(drawn),
-                clients=schedule.clients,
-                most_steps=trained.most_steps,
-                weight_sum=trained.weight_sum,
-                extra=trained.extra,
-            )
+            summary = trained.summary(len(drawn), schedule.clients)
             if strategy.averages:
                 weights, state = strategy.apply(weights, trained.delta, state, summary)
             else:

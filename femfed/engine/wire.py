@@ -87,13 +87,13 @@ def left_by_the_dead(folder: Path) -> list[int]:
     """Return the clients that workers which are gone were training, and forget them."""
     clients = []
     for path in folder.glob(f"{AT}*"):
-        if not _lives(path.name.removeprefix(AT)):
+        if not lives(path.name.removeprefix(AT)):
             clients.append(int(np.fromfile(path, np.int64)[0]))
             path.unlink()
     return [client for client in clients if client != NOBODY]
 
 
-def _lives(pid: str) -> bool:
+def lives(pid: int | str) -> bool:
     """Return whether a process runs; one that has ended and that nobody waited for has no name."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes() != b""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from femfed import UserError
 from femfed.strategies.base import Update, Weights
 
-_PART = 2**19  # values handled at a time
+_PART = 2**18  # values handled at a time
 _ROW = 2**15  # coordinates compared at a time: enough that NumPy's calls cost less than their work
 _MOST_COMPARED = 64  # updates: of more, a coordinate's values are sooner sorted by themselves
 _GROUPS = 32  # of parts whose inner products are added up by themselves
@@ -35,7 +35,7 @@ def by_rank(
     """Return what `rule` makes of every coordinate's values in ascending order, on all cores.
 
     Memory does not grow with the model: a core has a few copies of 2^15 coordinates of all updates
-    at a time, 8 MiB each for 64 updates, and of 2^19 values, 2 MiB, for more.
+    at a time, 8 MiB each for 64 updates, and of 2^18 values, 1 MiB, for more.
 
     Args:
         updates: of n clients, at least one.
@@ -49,7 +49,7 @@ def by_rank(
 
     def made(scratch: _Scratch, part: _Part) -> NDArray[np.floating[Any]]:
         if compares:
-            return rule(_compared(scratch, _pieces(updates, part), network))
+            return rule(_compared(scratch, updates, part, network))
         rows = scratch.rows(updates, part, np.float32)
         columns = scratch.array("columns", rows.shape[::-1], np.float32)
         np.copyto(columns, rows.T)
@@ -210,10 +210,13 @@ def _merge_sort(n: int) -> list[tuple[int, int]]:
 
 
 def _compared(
-    scratch: "_Scratch", values: list[NDArray[np.float32]], network: Sequence[_Comparison]
+    scratch: "_Scratch",
+    updates: Sequence[Update],
+    part: _Part,
+    network: Sequence[_Comparison],
 ) -> list[NDArray[np.float32]]:
-    """Take the comparisons of `network`; the arrays of `values` are read only."""
-    values = list(values)  # each the update's own array or `own` of its place; `spare` is nobody's
+    """Return a part of every update once the comparisons of `network` are taken."""
+    values = _pieces(updates, part)  # read only, or `own` of its place; `spare` is nobody's
     *own, spare = scratch.array("compared", (len(values) + 1, values[0].size), np.float32)
     for low, high, smaller, larger in network:
         one, other = values[low], values[high]
