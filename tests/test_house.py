@@ -181,6 +181,8 @@ def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
 
 
 def ours(path: Path) -> bool:
+    below = [parent for parent in path.parents if ROOT in parent.parents]
     return not any(
-        part.startswith(".") or part == "outputs" for part in path.parts[len(ROOT.parts) :]
+        folder.name.startswith(".") or folder.name == "outputs" or (folder / "pyvenv.cfg").exists()
+        for folder in [path, *below]
     )
