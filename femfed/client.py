@@ -119,6 +119,8 @@ class LocalTraining:
         shared = [self._global_weights, *self._state.values()]
         for variables, part in zip(shared, np.split(vector, len(shared)), strict=True):
             _assign(variables, unflatten(part, self.shapes))
+        for each in self._deferred:
+            each.forget()
 
     @property
     def initial_weights(self) -> Weights:
@@ -138,6 +140,8 @@ class LocalTraining:
 
     def load_memory(self, vector: NDArray[np.float32] | None) -> None:
         """Take `vector` as what the next client remembers, None for a client that is new."""
+        for each in self._deferred:
+            each.forget()
         if vector is None:
             fresh = self._strategy.new_memory(self._initial)
             for name, variables in self._memory.items():

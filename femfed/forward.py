@@ -15,8 +15,10 @@ import keras
 import tensorflow as tf
 
 _LARGE = 2**20  # weights: smaller kernels live in the cache, where rewriting them costs little
+_HUGE = 2**22  # weights: smaller kernels stay in some cache between a step's products
 Kept = tuple[tf.Tensor, tf.Tensor, tf.Tensor]  # inputs, slopes, how many of their rows are used
-_PRODUCT = "FemfedProduct"  # name of a gradient
+_KEPT = 128  # how much a rewritten kernel costs, in products with what is kept instead
+_PRODUCT, _DEFERRED = "FemfedProduct", "FemfedDeferred"  # names of gradients
 _PHILOX = 1  # TensorFlow's number of the generator
 
 
@@ -26,12 +28,14 @@ class Deferred:
     A step's gradient is the product of two thin matrices, the batch's inputs and slopes:
 
     ```
-    w_t = w_0 - rate * x^T s            x = inputs, s = slopes of the rows seen since w_0
-    b w_t = b w_0 - rate * (b x^T) s    b = the next batch
+    w_t = w_0 - x^T s            x = inputs, s = rate * slopes, of the rows seen since w_0
+    b w_t = b w_0 - (b x^T) s    b = the next batch
     ```
 
     So the inputs and slopes are kept, a few hundred rows, and `w` is rewritten once they are many:
-    one long product instead of a thin product and three passes over the memory every step.
+    one long product instead of a thin product and three passes over the memory every step. Products
+    read copies of it: in their precision, and, of one that no cache holds, transposed for the way
+    in which it is read sooner so.
 
     Args:
         layer: the dense layer.
@@ -44,9 +48,18 @@ class Deferred:
         self.kernel: tf.Variable = layer.kernel.value
         self._rate, self._batch_size, self._rows = rate, batch_size, steps * batch_size
         self._dtype = tf.as_dtype(layer.compute_dtype)
-        self._cast = None  # the kernel in half precision, cast only where it is rewritten
-        if self._dtype != self.kernel.dtype:
-            self._cast = tf.Variable(tf.cast(self.kernel, self._dtype), trainable=False)
+        self._copy = tf.Variable(tf.cast(self.kernel, self._dtype), trainable=False)
+        self._forth, self._back = (self._copy, False), (self._copy, True)  # True: is transposed
+        self._transposed = None
+        if layer.kernel.shape.num_elements() >= _HUGE:
+            # With twenty rows, oneDNN's products in half precision take half the time if the matrix
+            # is to be transposed; those in single precision take more.
+            self._transposed = tf.Variable(tf.transpose(self._copy), trainable=False)
+            if self._dtype == self.kernel.dtype:
+                self._back = self._transposed, False
+            else:
+                self._forth = self._transposed, True
+        self._are_first = tf.Variable(False, trainable=False)  # copies of the kernel at `begin`
 
     @staticmethod
     def steps(layer: keras.layers.Layer, batch_size: int) -> int:
@@ -58,7 +71,7 @@ class Deferred:
         if not isinstance(layer, keras.layers.Dense) or layer.kernel.shape.num_elements() < _LARGE:
             return 0
         inputs, outputs = layer.kernel.shape
-        return int((32 * inputs * outputs / (inputs + outputs)) ** 0.5) // batch_size
+        return int((_KEPT * inputs * outputs / (inputs + outputs)) ** 0.5) // batch_size
 
     @property
     def kept_specs(self) -> tuple[tf.TensorSpec, tf.TensorSpec, tf.TensorSpec]:
@@ -70,10 +83,13 @@ class Deferred:
             tf.TensorSpec([], tf.int32),
         )
 
+    def forget(self) -> None:
+        """Take note that the next client starts from another kernel than the last one did."""
+        self._are_first.assign(False)
+
     def begin(self) -> Kept:
-        """Take the kernel as it is; no step is kept."""
-        if self._cast is not None:
-            self._cast.assign(tf.cast(self.kernel, self._dtype))
+        """Start from the kernel as it is; no step is kept."""
+        tf.cond(self._are_first, lambda: True, lambda: self._make_copies(first=True))
         inputs, slopes = (
             tf.raw_ops.Empty(shape=[self._rows, width], dtype=self._dtype)
             for width in self.kernel.shape
@@ -82,22 +98,24 @@ class Deferred:
 
     def product(self, x: tf.Tensor, kept: Kept) -> tf.Tensor:
         """Return `x` times the kernel with all its steps taken."""
-        kernel = tf.stop_gradient(self.kernel if self._cast is None else self._cast)
         inputs, slopes, used = kept
-        overlap = tf.matmul(
-            tf.expand_dims(x, 0), tf.expand_dims(inputs[:used], 0), transpose_b=True
-        )
-        moved = tf.matmul(self._rate * overlap, tf.expand_dims(slopes[:used], 0))
-        return _product(x, kernel) - tf.squeeze(moved, 0)
+        moved = _times(_times(x, inputs[:used], transposed=True), slopes[:used])
+        product = _times(x, self._forth[0], transposed=self._forth[1]) - moved
+        back, transposed = self._back
+        graph = tf.compat.v1.get_default_graph()
+        with graph.gradient_override_map({"IdentityN": _DEFERRED}):
+            its = [product, x, back, tf.constant(transposed), inputs[:used], slopes[:used]]
+            return tf.raw_ops.IdentityN(input=its)[0]
 
     def step(self, x: tf.Tensor, slope: tf.Tensor, kept: Kept) -> Kept:
         """Keep the step along `x^T slope`."""
         inputs, slopes, used = kept
         after = used + tf.shape(x)[0]
         rows = tf.range(used, after)
+        scaled = tf.cast(self._rate * tf.cast(slope, tf.float32), slope.dtype)
         # Variables would be copied at every change, as long as somebody reads another row.
         inputs = tf.raw_ops.InplaceUpdate(x=inputs, i=rows, v=x)
-        slopes = tf.raw_ops.InplaceUpdate(x=slopes, i=rows, v=slope)
+        slopes = tf.raw_ops.InplaceUpdate(x=slopes, i=rows, v=scaled)
         kept = inputs, slopes, after
         full = after > self._rows - self._batch_size
         return inputs, slopes, tf.cond(full, lambda: self.take(kept), lambda: after)
@@ -112,13 +130,21 @@ class Deferred:
         inputs, slopes, used = kept
 
         def rewrite() -> tf.Tensor:
-            gradient = tf.matmul(inputs[:used], slopes[:used], transpose_a=True)
-            apply_gradient(self.kernel, self._rate, gradient)
-            if self._cast is not None and not last:
-                self._cast.assign(tf.cast(self.kernel, self._dtype))
+            taken = tf.matmul(inputs[:used], slopes[:used], transpose_a=True)
+            # Not in place: a client's kernel begins as the global one, which would be copied first.
+            self.kernel.assign(self.kernel - tf.cast(taken, self.kernel.dtype))
+            if not last:
+                self._make_copies(first=False)
             return tf.constant(0)
 
         return tf.cond(used > 0, rewrite, lambda: tf.constant(0))
+
+    def _make_copies(self, *, first: bool) -> bool:
+        self._copy.assign(tf.cast(self.kernel, self._dtype))
+        if self._transposed is not None:
+            self._transposed.assign(tf.transpose(self._copy))
+        self._are_first.assign(first)
+        return True
 
 
 def apply_gradient(weight: tf.Variable, rate: float, gradient: tf.Tensor) -> None:
@@ -212,5 +238,21 @@ def _product(x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
 @tf.RegisterGradient(_PRODUCT)  # type: ignore[untyped-decorator]
 def _product_gradients(product: tf.Operation, slopes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     x, kernel = product.inputs
-    along_x = tf.matmul(tf.expand_dims(slopes, 0), tf.expand_dims(kernel, 0), transpose_b=True)
-    return tf.squeeze(along_x, 0), tf.matmul(x, slopes, transpose_a=True)
+    return _times(slopes, kernel, transposed=True), tf.matmul(x, slopes, transpose_a=True)
+
+
+@tf.RegisterGradient(_DEFERRED)  # type: ignore[untyped-decorator]
+def _deferred_gradients(its: tf.Operation, slopes: tf.Tensor, *_: None) -> list[tf.Tensor | None]:
+    _, _, back, transposed, kept_inputs, kept_slopes = its.inputs
+    moved = _times(_times(slopes, kept_slopes, transposed=True), kept_inputs)
+    along_x = _times(slopes, back, transposed=bool(tf.get_static_value(transposed))) - moved
+    return [None, along_x, None, None, None, None]
+
+
+def _times(x: tf.Tensor, matrix: tf.Tensor, *, transposed: bool = False) -> tf.Tensor:
+    """Return `x` times `matrix`, or its transpose: that as a batched product, which is faster."""
+    if not transposed:
+        return tf.matmul(x, matrix)
+    return tf.squeeze(
+        tf.matmul(tf.expand_dims(x, 0), tf.expand_dims(matrix, 0), transpose_b=True), 0
+    )

@@ -20,11 +20,14 @@ from femfed.seeds import generator
 from femfed.strategies.base import Strategy
 from femfed.strategies.fedavg import FedAvg
 from femfed.strategies.fedprox import FedProx
+from femfed.strategies.local_only import LocalOnly
 
 SEED = 11
 PLAIN = Local(epochs=1, batch_size=20, learning_rate=0.1, momentum=0.0, weight_decay=0.0)
+SLOW = replace(PLAIN, learning_rate=0.03)
 LOGISTIC, TWO_LAYERS = Dense(True, ()), Dense(True, (200, 200))
-WIDE = Dense(True, (2048,))  # its first kernel is large enough to defer six steps of twenty images
+WIDE = Dense(True, (2048,))  # its first kernel is large enough to defer 13 steps of twenty images
+HUGE = PooledCNN(True, 1400)  # its kernel has a transposed copy
 SIZES = (1, 19, 20, 21, 60)  # below, at and above a batch, and several batches
 
 
@@ -179,10 +182,11 @@ def test_training_equals_a_plain_loop(model: Model, local: Local) -> None:
     ("model", "local"),
     [
         pytest.param(WIDE, PLAIN, id="wide"),
-        pytest.param(WIDE, replace(PLAIN, epochs=3), id="wide-epochs"),  # nine steps: six and three
-        pytest.param(WIDE, replace(PLAIN, epochs=4, batch_size=7), id="wide-batches"),
-        pytest.param(CNN(True, 0.0, 0.0), replace(PLAIN, learning_rate=0.03), id="cnn"),
-        pytest.param(PooledCNN(True, 512), replace(PLAIN, learning_rate=0.03), id="pooled"),
+        pytest.param(WIDE, replace(PLAIN, epochs=5), id="wide-epochs"),  # 15 steps: 13 and two
+        pytest.param(WIDE, replace(PLAIN, epochs=6, batch_size=7), id="wide-batches"),
+        pytest.param(CNN(True, 0.0, 0.0), SLOW, id="cnn"),
+        pytest.param(PooledCNN(True, 512), SLOW, id="pooled"),
+        pytest.param(HUGE, replace(PLAIN, epochs=6, learning_rate=0.003), id="huge"),  # 17 and one
     ],
 )
 @pytest.mark.parametrize("examples", [1, 20, 45])
@@ -216,7 +220,7 @@ def test_gradients_equal_those_of_the_keras_model(model: Model) -> None:
         (PLAIN, FedProx(0.1)),
         (replace(PLAIN, momentum=0.5), FedAvg()),
         (replace(PLAIN, weight_decay=0.1), FedAvg()),
-        (replace(PLAIN, batch_size=100), FedAvg()),  # as much work kept as taken
+        (replace(PLAIN, batch_size=150), FedAvg()),  # as much work kept as taken
     ],
 )
 def test_no_step_is_deferred_that_somebody_has_to_see(local: Local, strategy: Strategy) -> None:
@@ -349,8 +353,10 @@ def test_dropout_is_drawn_anew_for_every_client(dropping: LocalTraining) -> None
     assert np.array_equal(delta_after(without, writer, 2, 5), delta_after(without, writer, 2, 6))
 
 
-def test_loaded_weights_are_where_training_begins() -> None:
-    training, writer = make(), a_writer(21)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", [TWO_LAYERS, CNN(True, 0.0, 0.0), HUGE])
+def test_loaded_weights_are_where_training_begins(model: Model, precision: str) -> None:
+    training, writer = make(SLOW, model, precision=precision), a_writer(21)
     initial = flatten(training.initial_weights)
     first = delta_after(training, writer, 1, 0)
 
@@ -360,6 +366,26 @@ def test_loaded_weights_are_where_training_begins() -> None:
 
     assert not np.array_equal(first, second)
     assert np.array_equal(first, delta_after(training, writer, 1, 0))
+    elsewhere = make(SLOW, model, precision=precision)
+    elsewhere.load(initial + first)
+    assert np.array_equal(second, delta_after(elsewhere, writer, 1, 0))
+
+
+@pytest.mark.parametrize("model", [TWO_LAYERS, WIDE])
+def test_what_a_client_remembers_is_where_training_of_its_own_begins(model: Model) -> None:
+    training, writer = make(model=model, strategy=LocalOnly()), a_writer(21)
+    training.load_memory(None)
+    training.train(writer, 1, 0)
+    remembered = training.memory()
+
+    training.load_memory(remembered)
+    training.train(writer, 2, 0)
+    elsewhere = make(model=model, strategy=LocalOnly())
+    elsewhere.load_memory(remembered)
+    elsewhere.train(writer, 2, 0)
+
+    assert np.array_equal(training.memory(), elsewhere.memory())
+    assert not np.array_equal(training.memory(), remembered)
 
 
 # evaluation
