@@ -159,8 +159,9 @@ def _train_again_and_again(job: Job, place: int, count: int, barrier: Barrier) -
                 training.load_memory(memories.get(client))
             outcome = training.train(writer, round, client)
             if strategy.remembers:
-                memories[client] = training.memory()
-            fold(tf.constant(float(outcome.examples)))
+                memories[client] = np.concatenate(training.memory())
+            if strategy.sums:
+                fold(tf.constant(float(outcome.examples)))
         barrier.wait()
 
 

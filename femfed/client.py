@@ -150,9 +150,9 @@ class LocalTraining:
         variables = [variable for each in self._memory.values() for variable in each]
         _assign(variables, unflatten(vector, [tuple(v.shape) for v in variables]))
 
-    def memory(self) -> NDArray[np.float32]:
-        """Return what the client just trained remembers, as one vector."""
-        return np.concatenate([_view(v) for each in self._memory.values() for v in each])
+    def memory(self) -> list[NDArray[np.float32]]:
+        """Return what the client just trained remembers, flat and read-only, until the next one."""
+        return [_view(v) for each in self._memory.values() for v in each]
 
     def train(self, writer: Writer, round: int, client: int, epochs: int | None = None) -> Outcome:
         """Train from the global weights on one writer; the result stays here, to be folded.

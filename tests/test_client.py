@@ -376,7 +376,7 @@ def test_what_a_client_remembers_is_where_training_of_its_own_begins(model: Mode
     training, writer = make(model=model, strategy=LocalOnly()), a_writer(21)
     training.load_memory(None)
     training.train(writer, 1, 0)
-    remembered = training.memory()
+    remembered = np.concatenate(training.memory())
 
     training.load_memory(remembered)
     training.train(writer, 2, 0)
@@ -384,8 +384,8 @@ def test_what_a_client_remembers_is_where_training_of_its_own_begins(model: Mode
     elsewhere.load_memory(remembered)
     elsewhere.train(writer, 2, 0)
 
-    assert np.array_equal(training.memory(), elsewhere.memory())
-    assert not np.array_equal(training.memory(), remembered)
+    assert np.array_equal(np.concatenate(training.memory()), np.concatenate(elsewhere.memory()))
+    assert not np.array_equal(np.concatenate(training.memory()), remembered)
 
 
 # evaluation

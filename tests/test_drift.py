@@ -577,13 +577,13 @@ def test_the_compiled_epoch_corrects_alike(momentum: float) -> None:
         sums = np.empty(2 * size)
         training.fold(1.0, sums, first=True)
         expected = own - c - delta / np.float32(path)
-        np.testing.assert_allclose(training.memory(), expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(np.concatenate(training.memory()), expected, rtol=0, atol=1e-6)
         np.testing.assert_allclose(sums[size:], expected - own, rtol=0, atol=1e-6)
         plain.train(writer, number, 0)
         plain.delta(uncorrected)
         if number == 1:  # c_i = 0: each step is longer by c, though gradients then differ a little
             np.testing.assert_allclose(delta - uncorrected, -path * c, rtol=0, atol=2e-3)
-        own = training.memory().copy()
+        own = np.concatenate(training.memory())
     assert training.traces == 1
 
 
@@ -611,4 +611,4 @@ def test_a_writer_with_nothing_to_train_on_brings_no_nan(strategy: Strategy) -> 
     assert strategy.weight(outcome, 3.0) in (0.0, ALIKE)
     assert not sums.any()
     if strategy.remembers:
-        assert not training.memory().any()
+        assert not np.concatenate(training.memory()).any()

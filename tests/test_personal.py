@@ -108,7 +108,7 @@ def test_memories_are_kept_by_client_and_round(tmp_path: Path) -> None:
     assert memories.versions(3, 100).tolist() == [0, 0, 0]
     assert memories.recall(0, 0) is None
     for client, round in ((0, 1), (0, 3), (0, 7), (2, 5)):
-        memories.keep(client, round, np.float32([client, round]))
+        memories.keep(client, round, [np.float32([client, round])])
 
     assert memories.recall(0, 3).tolist() == [0, 3]
     assert memories.versions(3, 100).tolist() == [7, 0, 5]
@@ -119,7 +119,7 @@ def test_memories_are_kept_by_client_and_round(tmp_path: Path) -> None:
 def test_pruning_leaves_what_a_resumed_run_needs(tmp_path: Path) -> None:
     memories = Memories(tmp_path)
     for client, round in ((0, 1), (0, 3), (0, 7), (2, 5)):
-        memories.keep(client, round, np.float32([0]))
+        memories.keep(client, round, [np.float32([0])])
     memories.prune(4)
 
     for finished in (4, 5, 6, 7):
@@ -135,10 +135,10 @@ def test_pruning_leaves_what_a_resumed_run_needs(tmp_path: Path) -> None:
 def test_what_nobody_needs_is_overwritten(tmp_path: Path) -> None:
     memories = Memories(tmp_path)
     for client, round in ((0, 1), (0, 2), (1, 1), (1, 2)):
-        memories.keep(client, round, np.float32([client, round, 0, 0]))
+        memories.keep(client, round, [np.float32([client, round, 0, 0])])
     first = {path.stat().st_ino for path in tmp_path.glob("*round_000001.npy")}
     memories.prune(2)
-    memories.keep(2, 3, np.float32([2]))  # shorter than what was there
+    memories.keep(2, 3, [np.float32([2])])  # shorter than what was there
 
     assert (tmp_path / "client_000002_round_000003.npy").stat().st_ino in first
     assert memories.recall(2, 3).tolist() == [2]
@@ -147,7 +147,7 @@ def test_what_nobody_needs_is_overwritten(tmp_path: Path) -> None:
     assert len(list((tmp_path / "spare").iterdir())) == 1
 
     memories.remove_spare()
-    memories.keep(1, 3, np.float32([1]))  # with nothing to overwrite
+    memories.keep(1, 3, [np.float32([1])])  # with nothing to overwrite
 
     assert memories.recall(1, 3).tolist() == [1]
     assert sorted(path.name[:13] for path in tmp_path.iterdir()) == [
@@ -302,7 +302,7 @@ def test_one_ditto_step_by_hand(store: WriterStore) -> None:
     training.train(writer, 1, 0)
 
     expected = step(FedAvg(), v) - np.float32(0.05 * 2.0) * (v - w)
-    np.testing.assert_allclose(training.memory(), expected, atol=1e-6)
+    np.testing.assert_allclose(np.concatenate(training.memory()), expected, atol=1e-6)
     np.testing.assert_array_equal(w + _delta(training), step(FedAvg(), w))
 
 
@@ -331,7 +331,7 @@ def test_a_head_stays_with_its_client(
             training.load(flatten(before))
             training.load_memory(head)
             training.train(writer, r.number, client)
-            head = training.memory()
+            head = np.concatenate(training.memory())
         before = r.weights
     assert np.array_equal(head, own(job, client, rounds))
 
@@ -459,7 +459,7 @@ def test_the_hooks_are_given_what_they_ask_for(store: WriterStore, tmp_path: Pat
 
     outcome = training.train(writer, 1, 3)
 
-    assert training.memory().tolist() == [5]
+    assert np.concatenate(training.memory()).tolist() == [5]
     before = training.evaluate(writer, writer.train)
     assert outcome.loss_before == pytest.approx(before.loss_sum / before.examples, rel=1e-6)
     training.train(writer, 1, 3)

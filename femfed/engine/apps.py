@@ -198,11 +198,11 @@ def train(message: Message, context: Context) -> Message:
             weight = strategy.weight(outcome, task["most_steps"])
             if not strategy.averages:
                 training.delta(updates[place])
-            elif task["drop"]:
+            elif task["drop"] or not strategy.sums:
                 training.check(weight)
             if strategy.remembers:
                 worker.memories.keep(client, task["round"], training.memory())
-            if strategy.averages:  # last: who is dropped has added nothing
+            if strategy.sums:  # last: who is dropped has added nothing
                 largest += training.fold(weight, total, first=fresh)
                 fresh, worker.folded = False, task["attempt"]
         except Exception as error:
@@ -217,10 +217,9 @@ def train(message: Message, context: Context) -> Message:
     worker.inbox.note(message.content, NOBODY)
     about = {"places": places, "dropped": dropped, "seconds": seconds, "largest": largest}
     reply = _reply(message, context, {**_columns(outcomes), **about, "began": began})
-    if strategy.averages:
-        if not fresh:
-            worker.inbox.put_sum(reply.content, total, lives_on=lives_on)
-    else:
+    if not fresh:
+        worker.inbox.put_sum(reply.content, total, lives_on=lives_on)
+    if not strategy.averages:
         worker.inbox.put_updates(message.content, reply.content, updates)
     worker.inbox.ring(message.content)
     return reply
@@ -509,7 +508,7 @@ class GridWorkers:
             return Trained([], [], [], max(steps), 0.0, cohort, [], [])
         weight_sum = sum(job.strategy.weight(outcome, max(steps)) for outcome in outcomes)
         delta, extra, updates = list[Any](), list[Any](), list[Update]()
-        if job.strategy.averages:
+        if job.strategy.sums:
             if not sum(_outcome(reply)["largest"] for reply in replies) < LARGEST_SUM:
                 raise DivergedError(
                     f"the cohort's updates times their weights add up beyond {LARGEST_SUM:.0f}; "
@@ -518,7 +517,7 @@ class GridWorkers:
             mean = self._outbox.mean(replies, weight_sum)
             parts = np.split(mean, 1 + job.strategy.sends_extra)
             delta, extra = (*(unflatten(part, self._shapes) for part in parts), [])[:2]
-        else:
+        elif not job.strategy.averages:
             rows = self._outbox.updates(replies, bundles, len(examples))
             updates = [
                 Update(**vars(outcome), client=client, delta=unflatten(rows[place], self._shapes))

@@ -10,6 +10,7 @@ new ones for a model a client cost more than what is written there.
 import contextlib
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +30,18 @@ class Memories:
         self._folder = folder
         self._spare = folder / "spare"  # files to overwrite
 
-    def keep(self, client: int, round: int, vector: Vector) -> None:
-        """Write what a client remembers after a round, whole or not at all."""
+    def keep(self, client: int, round: int, vectors: Sequence[Vector]) -> None:
+        """Write what a client remembers after a round as one vector, whole or not at all."""
+        about = np.lib.format.header_data_from_array_1_0(np.empty(0, np.float32))
+        about["shape"] = (sum(vector.size for vector in vectors),)
         self._folder.mkdir(exist_ok=True)
         path = self._path(client, round)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with partial.open("r+b" if self._takes_spare(partial) else "wb") as file:
-                np.save(file, vector, allow_pickle=False)
+                np.lib.format.write_array_header_1_0(file, about)
+                for vector in vectors:
+                    file.write(vector.data)
                 file.truncate()
             partial.replace(path)
         finally:

@@ -120,6 +120,11 @@ class Strategy:
         return ours.aggregate is Strategy.aggregate and ours.combine is Strategy.combine
 
     @property
+    def sums(self) -> bool:
+        """Whether the engine adds up updates: where they are averaged, and anybody sends one."""
+        return self.averages and (self.exchanges or self.pools)
+
+    @property
     def remembers(self) -> bool:
         """Whether clients keep something from round to round."""
         return type(self).new_memory is not Strategy.new_memory
