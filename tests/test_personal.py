@@ -15,7 +15,7 @@ from femfed.engine.federation import Federation
 from femfed.engine.inline import InlineEngine
 from femfed.engine.memory import Memories
 from femfed.engine.rounds import Round, Schedule
-from femfed.local import Local, flatten
+from femfed.local import DivergedError, Local, flatten
 from femfed.models import Dense
 from femfed.strategies.base import Memory, Strategy, Weights
 from femfed.strategies.centralised import Centralised
@@ -114,6 +114,25 @@ def test_memories_are_kept_by_client_and_round(tmp_path: Path) -> None:
     assert memories.versions(3, 100).tolist() == [7, 0, 5]
     assert memories.versions(3, 6).tolist() == [3, 0, 5]
     assert memories.versions(3, 2).tolist() == [1, 0, 0]
+
+
+def test_several_vectors_are_kept_as_one(tmp_path: Path) -> None:
+    memories, long = Memories(tmp_path), np.arange(200_000, dtype=np.float32)
+    memories.keep(4, 2, [long, np.float32([1, 2]), long[:0], np.float32([3])])
+
+    assert np.array_equal(memories.recall(4, 2), np.float32([*long, 1, 2, 3]))
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_not_kept(tmp_path: Path, number: float) -> None:
+    memories = Memories(tmp_path)
+    memories.keep(4, 2, [np.float32([1])])
+
+    with pytest.raises(DivergedError, match="what the client remembers holds NaN or infinity"):
+        memories.keep(4, 3, [np.zeros(100_000, np.float32), np.float32([1, number])])
+
+    assert memories.versions(5, 9).tolist() == [0, 0, 0, 0, 2]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_pruning_leaves_what_a_resumed_run_needs(tmp_path: Path) -> None:

@@ -225,11 +225,11 @@ def test_the_mean_of_several_workers(
         inbox.put_sum(replies[-1], total, lives_on=lives_on)
     monkeypatch.undo()
 
-    mean = outbox.mean(replies, 7)
+    (mean,) = outbox.means(replies, 7)
 
     assert mean.dtype == np.float32
     assert np.array_equal(mean, ((parts[0] + parts[1] + parts[2]) / 7).astype(np.float32))
-    assert np.array_equal(mean, outbox.mean(replies[::-1], 7))
+    assert np.array_equal(mean, outbox.means(replies[::-1], 7)[0])
 
 
 def test_a_worker_that_replies_twice_is_counted_once(tmp_path: Path, weights: np.ndarray) -> None:
@@ -242,7 +242,7 @@ def test_a_worker_that_replies_twice_is_counted_once(tmp_path: Path, weights: np
         replies.append(RecordDict())
         inbox.put_sum(replies[-1], total, lives_on=lives_on)
 
-    assert np.array_equal(outbox.mean(replies, 2), ((first + second) / 2).astype(np.float32))
+    assert np.array_equal(outbox.means(replies, 2)[0], ((first + second) / 2).astype(np.float32))
 
 
 def test_single_updates_arrive_in_their_rows(folder: Path | None, weights: np.ndarray) -> None:

@@ -198,7 +198,7 @@ def train(message: Message, context: Context) -> Message:
             weight = strategy.weight(outcome, task["most_steps"])
             if not strategy.averages:
                 training.delta(updates[place])
-            elif task["drop"] or not strategy.sums:
+            elif task["drop"]:
                 training.check(weight)
             if strategy.remembers:
                 worker.memories.keep(client, task["round"], training.memory())
@@ -514,9 +514,8 @@ class GridWorkers:
                     f"the cohort's updates times their weights add up beyond {LARGEST_SUM:.0f}; "
                     "the run diverged, try a smaller local.learning_rate"
                 )
-            mean = self._outbox.mean(replies, weight_sum)
-            parts = np.split(mean, 1 + job.strategy.sends_extra)
-            delta, extra = (*(unflatten(part, self._shapes) for part in parts), [])[:2]
+            means = self._outbox.means(replies, weight_sum)
+            delta, extra = (*(unflatten(mean, self._shapes) for mean in means), [])[:2]
         elif not job.strategy.averages:
             rows = self._outbox.updates(replies, bundles, len(examples))
             updates = [

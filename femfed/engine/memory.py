@@ -10,13 +10,17 @@ new ones for a model a client cost more than what is written there.
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from femfed.local import DivergedError
+
 Vector = NDArray[np.float32]
+
+_PIECE = 65_536  # numbers looked at and written at a time: they stay in the core's cache between
 
 
 class Memories:
@@ -31,7 +35,11 @@ class Memories:
         self._spare = folder / "spare"  # files to overwrite
 
     def keep(self, client: int, round: int, vectors: Sequence[Vector]) -> None:
-        """Write what a client remembers after a round as one vector, whole or not at all."""
+        """Write what a client remembers after a round as one vector, whole or not at all.
+
+        Raises:
+            DivergedError: it holds NaN or infinity.
+        """
         about = np.lib.format.header_data_from_array_1_0(np.empty(0, np.float32))
         about["shape"] = (sum(vector.size for vector in vectors),)
         self._folder.mkdir(exist_ok=True)
@@ -40,8 +48,10 @@ class Memories:
         try:
             with partial.open("r+b" if self._takes_spare(partial) else "wb") as file:
                 np.lib.format.write_array_header_1_0(file, about)
-                for vector in vectors:
-                    file.write(vector.data)
+                for piece in _pieces(vectors):
+                    if not np.isfinite(piece).all():
+                        raise DivergedError("what the client remembers holds NaN or infinity")
+                    file.write(piece.data)
                 file.truncate()
             partial.replace(path)
         finally:
@@ -106,3 +116,9 @@ class Memories:
     def _kept(self) -> list[tuple[int, int]]:
         names = [path.stem.split("_") for path in self._folder.glob("client_*.npy")]
         return [(int(client), int(round)) for _, client, _, round in names]
+
+
+def _pieces(vectors: Sequence[Vector]) -> Iterator[Vector]:
+    for vector in vectors:
+        for start in range(0, vector.size, _PIECE):
+            yield vector[start : start + _PIECE]

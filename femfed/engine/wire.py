@@ -213,17 +213,19 @@ class Outbox:
             return 0
         return len(os.read(self._bell, 4096))
 
-    def mean(self, replies: list[RecordDict], weight_sum: float) -> Vector:
-        """Return the exact sum of all weighted deltas behind `replies`, divided once."""
-        sums = self._sums(replies)
-        mean = np.empty(self._up * self._parameters, np.float32)
-        for start in range(0, mean.size, _CHUNK):
-            piece = slice(start, start + _CHUNK)
-            total = sums[0][piece].copy()
-            for part in sums[1:]:
-                total += part[piece]
-            mean[piece] = total / weight_sum
-        return mean
+    def means(self, replies: list[RecordDict], weight_sum: float) -> list[Vector]:
+        """Return the exact sums of all weighted vectors behind `replies`, divided once."""
+        sums = [part.reshape(self._up, -1) for part in self._sums(replies)]
+        # Each of its own: the allocator keeps no freed memory of more than 32 MiB.
+        means = [np.empty(self._parameters, np.float32) for _ in range(self._up)]
+        for place, mean in enumerate(means):
+            for start in range(0, mean.size, _CHUNK):
+                piece = slice(start, start + _CHUNK)
+                total = sums[0][place, piece].copy()
+                for part in sums[1:]:
+                    total += part[place, piece]
+                mean[piece] = total / weight_sum
+        return means
 
     def _sums(self, replies: list[RecordDict]) -> list[FloatSum]:
         if self._folder is None:
