@@ -148,7 +148,8 @@ class LocalTraining:
                 _assign(variables, fresh[name])
             return
         variables = [variable for each in self._memory.values() for variable in each]
-        _assign(variables, unflatten(vector, [tuple(v.shape) for v in variables]))
+        parts = unflatten(vector, [tuple(v.shape) for v in variables])
+        _assign(variables, [_lent(part) for part in parts])
 
     def memory(self) -> list[NDArray[np.float32]]:
         """Return what the client just trained remembers, flat and read-only, until the next one."""
@@ -594,6 +595,12 @@ def _pixels(images: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
 def _hits(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     predicted = tf.argmax(logits, axis=-1, output_type=tf.int32)
     return tf.reduce_sum(tf.cast(predicted == targets, tf.int32))
+
+
+def _lent(array: NDArray[np.float32]) -> Any:
+    """Return a tensor of the same memory, where it lies as TensorFlow wants it."""
+    aligned = array.ctypes.data % 64 == 0
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__()) if aligned else array
 
 
 def _view(variable: tf.Variable) -> NDArray[np.float32]:

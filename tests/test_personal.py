@@ -135,6 +135,24 @@ def test_numbers_that_are_not_finite_are_not_kept(tmp_path: Path, number: float)
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    memories = Memories(tmp_path)
+    memories.keep(4, 2, [np.arange(9, dtype=np.float32)])
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for other in (whole[:-1], whole[:-4], whole + b"\0", b"", b"PK\3\4", whole[:30]):
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match=r"holds \d+ bytes|EOF: reading"):
+            memories.recall(4, 2)
+    for array in (np.zeros((3, 3), np.float32), np.zeros(9), np.array([None])):
+        np.save(path, array)
+        with pytest.raises(ValueError, match=r"holds \d+ bytes"):
+            memories.recall(4, 2)
+
+    path.write_bytes(whole)
+    assert memories.recall(4, 2).tolist() == list(range(9))
+
+
 def test_pruning_leaves_what_a_resumed_run_needs(tmp_path: Path) -> None:
     memories = Memories(tmp_path)
     for client, round in ((0, 1), (0, 3), (0, 7), (2, 5)):
