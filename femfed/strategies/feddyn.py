@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 
 from femfed import UserError
-from femfed.strategies.base import ALIKE, Cohort, Memory, Outcome, State, Strategy, Weights
+from femfed.strategies.base import (
+    ALIKE,
+    Array,
+    Cohort,
+    Memory,
+    Outcome,
+    State,
+    Strategy,
+    Weights,
+    elementwise,
+)
 
 
 @dataclass(frozen=True)
@@ -100,12 +110,11 @@ class FedDyn(Strategy):
     ) -> tuple[Weights, State]:
         """Update `h`, then step by the mean update less `h / regularization`."""
         share = len(cohort.outcomes) / cohort.clients
-        mean: Weights = [
-            h - self.regularization * share * d
-            for h, d in zip(state["gradient"], delta, strict=True)
-        ]
-        stepped: Weights = [
-            w + d - (1 / self.regularization) * h
-            for w, d, h in zip(weights, delta, mean, strict=True)
-        ]
+
+        def step(w: Array, d: Array, h: Array) -> tuple[Array, Array]:
+            mean: Array = h - self.regularization * share * d
+            stepped: Array = w + d - (1 / self.regularization) * mean
+            return stepped, mean
+
+        stepped, mean = elementwise(step, weights, delta, state["gradient"])
         return stepped, {"gradient": mean}

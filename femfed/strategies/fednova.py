@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from femfed import UserError
-from femfed.strategies.base import Cohort, Outcome, State, Strategy, Weights
+from femfed.strategies.base import Array, Cohort, Outcome, State, Strategy, Weights, elementwise
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,12 @@ class FedNova(Strategy):
         mean_steps = sum(o.examples * (o.steps / most_steps) for o in cohort.outcomes) / examples
         scale = mean_steps * (cohort.weight_sum / examples)
         if not self.server_momentum:
-            return [w + scale * d for w, d in zip(weights, delta, strict=True)], state
-        velocity = [
-            self.server_momentum * v + scale * d
-            for v, d in zip(state["velocity"], delta, strict=True)
-        ]
-        return [w + v for w, v in zip(weights, velocity, strict=True)], {"velocity": velocity}
+            (stepped,) = elementwise(lambda w, d: (w + scale * d,), weights, delta)
+            return stepped, state
+
+        def step(w: Array, d: Array, v: Array) -> tuple[Array, Array]:
+            velocity = self.server_momentum * v + scale * d
+            return w + velocity, velocity
+
+        stepped, velocity = elementwise(step, weights, delta, state["velocity"])
+        return stepped, {"velocity": velocity}

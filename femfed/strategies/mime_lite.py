@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from femfed import UserError
-from femfed.strategies.base import ALIKE, Cohort, Outcome, State, Strategy, Weights
+from femfed.strategies.base import ALIKE, Cohort, Outcome, State, Strategy, Weights, elementwise
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,8 @@ class MimeLite(Strategy):
         self, weights: Weights, delta: Weights, state: State, cohort: Cohort
     ) -> tuple[Weights, State]:
         """Step along the mean update; the momentum takes in the mean gradient."""
-        stepped = [w + self.server_learning_rate * d for w, d in zip(weights, delta, strict=True)]
-        momentum = [
-            self.beta * m + (1 - self.beta) * g
-            for m, g in zip(state["momentum"], cohort.extra, strict=True)
-        ]
+        (stepped,) = elementwise(lambda w, d: (w + self.server_learning_rate * d,), weights, delta)
+        (momentum,) = elementwise(
+            lambda m, g: (self.beta * m + (1 - self.beta) * g,), state["momentum"], cohort.extra
+        )
         return stepped, {"momentum": momentum}

@@ -7,7 +7,16 @@ from typing import Any, ClassVar
 import numpy as np
 
 from femfed import UserError
-from femfed.strategies.base import ALIKE, Cohort, Memory, Outcome, State, Strategy, Weights
+from femfed.strategies.base import (
+    ALIKE,
+    Cohort,
+    Memory,
+    Outcome,
+    State,
+    Strategy,
+    Weights,
+    elementwise,
+)
 
 # Squares of `path` are far above it; where no step was taken it alone is left in a denominator.
 _TINY = 1e-30
@@ -114,6 +123,6 @@ class Scaffold(Strategy):
     ) -> tuple[Weights, State]:
         """Step along the mean update, and let the control variate follow the clients'."""
         share = len(cohort.outcomes) / cohort.clients
-        stepped = [w + self.server_learning_rate * d for w, d in zip(weights, delta, strict=True)]
-        control = [c + share * d for c, d in zip(state["control"], cohort.extra, strict=True)]
+        (stepped,) = elementwise(lambda w, d: (w + self.server_learning_rate * d,), weights, delta)
+        (control,) = elementwise(lambda c, d: (c + share * d,), state["control"], cohort.extra)
         return stepped, {"control": control}
