@@ -142,6 +142,7 @@ class Deferred:
         return tf.cond(used > 0, rewrite, lambda: tf.constant(0))
 
     def _make_copies(self, *, first: bool) -> bool:
+        """Copy the kernel as it is; return something, as a branch has to."""
         self._copy.assign(tf.cast(self.kernel, self._dtype))
         if self._transposed is not None:
             self._transposed.assign(tf.transpose(self._copy))
