@@ -276,6 +276,29 @@ def test_half_precision_moves_nearly_the_same_way() -> None:
     assert training.traces == 1
 
 
+@pytest.mark.parametrize("model", [CNN(True, 0.0, 0.0), PooledCNN(True, 64)])
+def test_half_precision_is_as_near_as_the_keras_model_in_it(model: Model) -> None:
+    """ReLU comes after the pooling here, before it there; the largest is the same."""
+    writer, gradients, logits = a_writer(20), [], []
+    x, labels = pixels(writer, writer.train), writer.labels.astype(np.int32)
+    for precision in ("float32", "bfloat16"):
+        traced = tf.function(make(model=model, precision=precision)._gradients, autograph=False)
+        _, its_logits, its_gradients, _ = traced(tf.constant(x), tf.constant(labels))
+        gradients.append([np.asarray(each, np.float32) for each in its_gradients])
+        logits.append(its_logits)
+
+    plain = model.build(SEED, "bfloat16")
+    with tf.GradientTape() as tape:
+        expected = plain(x, training=True)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(labels, expected)
+    np.testing.assert_allclose(logits[1], expected, atol=2e-3)
+    variables = [variable.value for variable in plain.trainable_variables]
+    theirs = [np.asarray(each, np.float32) for each in tape.gradient(loss, variables)]
+    for exact, ours, its in zip(*gradients, theirs, strict=True):
+        size = np.linalg.norm(exact)
+        assert np.linalg.norm(ours - exact) < 1.1 * np.linalg.norm(its - exact) + 0.001 * size
+
+
 @pytest.mark.parametrize("proximal_mu", [0.1, 1.0])
 def test_fedprox_equals_the_term_in_the_loss(proximal_mu: float) -> None:
     writer, local = a_writer(45), replace(PLAIN, epochs=2)
