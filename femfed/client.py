@@ -21,13 +21,12 @@ from numpy.typing import NDArray
 
 from femfed import UserError, keep_freed_memory
 from femfed.data.store import Rows, Writer
-from femfed.forward import Deferred, Dropouts, Kept, apply_gradient, drops, forward
+from femfed.forward import Deferred, Dropouts, Kept, drops, forward
 from femfed.local import GRID, LARGEST_SUM, DivergedError, Local, unflatten
 from femfed.models import Model
 from femfed.seeds import generator
-from femfed.strategies.base import Outcome, Strategy, Weights
+from femfed.strategies.base import PIECE, Outcome, Strategy, Weights, pieces
 
-_CHUNK = 65_536  # elements folded at a time: the temporaries stay in the core's second-level cache
 _GRADIENT_BATCH = 128  # images; bounds the memory of a full gradient
 _EVALUATION_BATCH = 512  # images; bounds the memory of a writer with thousands of them
 
@@ -84,7 +83,7 @@ class LocalTraining:
         self._deferred = [
             Deferred(layer, local.batch_size, steps, local.learning_rate)
             for layer in self.model.layers
-            if (steps := Deferred.steps(layer, local.batch_size)) >= 2
+            if (steps := Deferred.steps(layer, local.batch_size)) >= 3
             and plain
             and not local.weight_decay
         ]
@@ -106,8 +105,8 @@ class LocalTraining:
             input_signature=[images, labels, rows, tf.TensorSpec([None], tf.int32)],
             autograph=False,
         )
-        self._term = np.empty(_CHUNK, np.float64)
-        self._delta = np.empty(_CHUNK, np.float32)
+        self._term = np.empty(PIECE, np.float64)
+        self._delta = np.empty(PIECE, np.float32)
 
     @property
     def traces(self) -> int:
@@ -119,8 +118,7 @@ class LocalTraining:
         shared = [self._global_weights, *self._state.values()]
         for variables, part in zip(shared, np.split(vector, len(shared)), strict=True):
             _assign(variables, unflatten(part, self.shapes))
-        for each in self._deferred:
-            each.forget()
+        self._forget_copies()
 
     @property
     def initial_weights(self) -> Weights:
@@ -140,8 +138,8 @@ class LocalTraining:
 
     def load_memory(self, vector: NDArray[np.float32] | None) -> None:
         """Take `vector` as what the next client remembers, None for a client that is new."""
-        for each in self._deferred:
-            each.forget()
+        if type(self._strategy).begin is not Strategy.begin:  # the others begin globally
+            self._forget_copies()
         if vector is None:
             fresh = self._strategy.new_memory(self._initial)
             for name, variables in self._memory.items():
@@ -274,22 +272,26 @@ class LocalTraining:
         if not np.isfinite(vector).all():
             raise DivergedError("the update holds NaN or infinity")
 
+    def _forget_copies(self) -> None:
+        """Take note that training begins from other weights than before."""
+        for each in self._deferred:
+            each.forget()
+
     def _delta_chunks(self) -> Iterator[NDArray[np.float32]]:
-        """Yield `w - w_global` in order, at most `_CHUNK` at a time; each overwrites the last."""
+        """Yield `w - w_global` in order, at most `PIECE` at a time; each overwrites the last."""
         for local, origin in zip(self._weights, self._global_weights, strict=True):
             w, w_global = _view(local), _view(origin)
-            for start in range(0, w.size, _CHUNK):
-                stop = min(start + _CHUNK, w.size)
-                delta = self._delta[: stop - start]
-                np.subtract(w[start:stop], w_global[start:stop], out=delta)
+            for piece in pieces(w.size):
+                delta = self._delta[: w[piece].size]
+                np.subtract(w[piece], w_global[piece], out=delta)
                 yield delta
 
     def _extra_chunks(self) -> Iterator[NDArray[np.float32]]:
-        """Yield what is sent besides the delta in order, at most `_CHUNK` at a time."""
+        """Yield what is sent besides the delta in order, at most `PIECE` at a time."""
         for variable in self._extra:
             vector = _view(variable)
-            for start in range(0, vector.size, _CHUNK):
-                yield vector[start : start + _CHUNK]
+            for piece in pieces(vector.size):
+                yield vector[piece]
 
     def _squared_norm(self) -> float:
         """Return `||w - w_global||^2`, summed in float64."""
@@ -511,7 +513,9 @@ class LocalTraining:
             return
         for weight, gradient in zip(self._weights, gradients, strict=True):
             if gradient is not None:
-                apply_gradient(weight, rate, gradient)
+                tf.raw_ops.ResourceApplyGradientDescent(
+                    var=weight.handle, alpha=rate, delta=gradient
+                )
 
     def _evaluate_global(
         self, images: tf.Tensor, labels: tf.Tensor, rows: tf.Tensor

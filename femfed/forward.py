@@ -65,7 +65,7 @@ class Deferred:
 
     @staticmethod
     def steps(layer: keras.layers.Layer, batch_size: int) -> int:
-        """Return how many steps to defer for the least work; less than 2 is none.
+        """Return how many steps to defer for the least work; less than 3 is none.
 
         With every step kept, the products with what is kept grow; with every step taken, the kernel
         is rewritten. The constant is measured; it decides about speed only.
@@ -148,13 +148,6 @@ class Deferred:
             self._transposed.assign(tf.transpose(self._copy))
         self._are_first.assign(first)
         return True
-
-
-def apply_gradient(weight: tf.Variable, rate: float, gradient: tf.Tensor) -> None:
-    """Take a step of SGD with the fused kernel, which is faster than `assign_sub`."""
-    tf.raw_ops.ResourceApplyGradientDescent(
-        var=weight.handle, alpha=rate, delta=tf.cast(gradient, weight.dtype)
-    )
 
 
 @dataclass(frozen=True)

@@ -1059,13 +1059,13 @@ def test_a_memory_of_objects_is_not_unpickled(shell: Shell, two: Path, tmp_path:
     for path in (two / "memory").iterdir():
         np.save(path, planted, allow_pickle=True)
         client, round = (int(part) for part in path.stem.split("_")[1::2])
-        with pytest.raises(ValueError, match=r"bytes of object .*expected a vector of float32"):
+        with pytest.raises(ValueError, match="allow_pickle"):
             Memories(two / "memory").recall(client, round)
 
     done = shell.type(f"resume={two}", "rounds=12")
 
     assert done.code == 1, done.err
-    assert "bytes of object" in done.err
+    assert "pickle" in done.err
     assert not trace.exists()
 
 

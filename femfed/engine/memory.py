@@ -10,17 +10,16 @@ new ones for a model a client cost more than what is written there.
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from femfed.local import DivergedError
+from femfed.strategies.base import pieces
 
 Vector = NDArray[np.float32]
-
-_PIECE = 65_536  # numbers looked at and written at a time: they stay in the core's cache between
 
 
 class Memories:
@@ -40,18 +39,19 @@ class Memories:
         Raises:
             DivergedError: it holds NaN or infinity.
         """
-        about = np.lib.format.header_data_from_array_1_0(np.empty(0, np.float32))
-        about["shape"] = (sum(vector.size for vector in vectors),)
+        shape = (sum(vector.size for vector in vectors),)
+        about = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": shape}
         self._folder.mkdir(exist_ok=True)
         path = self._path(client, round)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with partial.open("r+b" if self._takes_spare(partial) else "wb") as file:
                 np.lib.format.write_array_header_1_0(file, about)
-                for piece in _pieces(vectors):
-                    if not np.isfinite(piece).all():
-                        raise DivergedError("what the client remembers holds NaN or infinity")
-                    file.write(piece.data)
+                for vector in vectors:
+                    for piece in pieces(vector.size):  # written while the cache still holds it
+                        if not np.isfinite(vector[piece]).all():
+                            raise DivergedError("what the client remembers holds NaN or infinity")
+                        file.write(vector[piece].data)
                 file.truncate()
             partial.replace(path)
         finally:
@@ -70,6 +70,8 @@ class Memories:
             version = np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             left = path.stat().st_size - file.tell()
+            if dtype.hasobject:
+                np.load(path, allow_pickle=False)  # refuses it
             if version != (1, 0) or dtype != np.float32 or shape != (left // 4,) or left % 4:
                 raise ValueError(
                     f"{path} holds {left} bytes of {dtype} {shape}; expected a vector of float32"
@@ -130,12 +132,6 @@ class Memories:
     def _kept(self) -> list[tuple[int, int]]:
         names = [path.stem.split("_") for path in self._folder.glob("client_*.npy")]
         return [(int(client), int(round)) for _, client, _, round in names]
-
-
-def _pieces(vectors: Sequence[Vector]) -> Iterator[Vector]:
-    for vector in vectors:
-        for start in range(0, vector.size, _PIECE):
-            yield vector[start : start + _PIECE]
 
 
 def _aligned(size: int) -> Vector:

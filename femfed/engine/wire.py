@@ -26,6 +26,7 @@ from numpy.typing import DTypeLike, NDArray
 from femfed import UserError
 from femfed.engine.folders import OwnedFolder
 from femfed.local import flatten
+from femfed.strategies.base import pieces
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "femfed-"
@@ -34,7 +35,6 @@ AT = "at-"  # file in which a worker notes the client it trains; its process id 
 NOBODY = -1
 TURNS = "turns-"  # file that counts the clients that workers have taken; a number follows
 ENDED = 2**62  # turns: more than any cohort has
-_CHUNK = 65_536  # numbers summed at a time: the temporaries stay in the core's second-level cache
 
 Vector = NDArray[np.float32]
 FloatSum = NDArray[np.float64]
@@ -219,8 +219,7 @@ class Outbox:
         # Each of its own: the allocator keeps no freed memory of more than 32 MiB.
         means = [np.empty(self._parameters, np.float32) for _ in range(self._up)]
         for place, mean in enumerate(means):
-            for start in range(0, mean.size, _CHUNK):
-                piece = slice(start, start + _CHUNK)
+            for piece in pieces(mean.size):
                 total = sums[0][place, piece].copy()
                 for part in sums[1:]:
                     total += part[place, piece]

@@ -1,6 +1,6 @@
 """Weights, Update and Strategy; a Strategy that overrides nothing is FedAvg."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ Weights = list[NDArray[np.float32]]
 State = dict[str, Weights]
 Array = NDArray[np.float32]
 
-_PIECE = 2**16  # elements: what an expression of NumPy leaves on its way stays in the cache
+PIECE = 2**16  # numbers handled at a time: what NumPy leaves on its way stays in the core's cache
 Memory = dict[str, Weights]
 
 # The weight of every client where all count alike. Sums are rounded to multiples of 2**-30; about
@@ -276,14 +276,24 @@ def elementwise(step: Callable[..., Sequence[Array]], *lists: Weights) -> list[W
     made = []
     for arrays in zip(*lists, strict=True):
         flat, new = [array.reshape(-1) for array in arrays], list[Array]()
-        for start in range(0, max(1, flat[0].size), _PIECE):
-            piece = slice(start, start + _PIECE)
+        for piece in pieces(max(1, flat[0].size)):
             values = step(*(array[piece] for array in flat))
             new = new or [np.empty(flat[0].size, value.dtype) for value in values]
             for array, value in zip(new, values, strict=True):
                 array[piece] = value
         made.append([array.reshape(arrays[0].shape) for array in new])
     return [list(each) for each in zip(*made, strict=True)]
+
+
+def moved(weights: Weights, delta: Weights, rate: float) -> Weights:
+    """Return `w + rate * d`."""
+    (stepped,) = elementwise(lambda w, d: (w + rate * d,), weights, delta)
+    return stepped
+
+
+def pieces(size: int) -> Iterator[slice]:
+    """Yield the places of `size` numbers, at most `PIECE` at a time."""
+    return (slice(start, start + PIECE) for start in range(0, size, PIECE))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from femfed import UserError
-from femfed.strategies.base import ALIKE, Cohort, Outcome, State, Strategy, Weights, elementwise
+from femfed.strategies.base import ALIKE, Cohort, Outcome, State, Strategy, Weights, moved
 
 WEIGHTINGS = ("uniform", "examples")
 
@@ -66,5 +66,4 @@ class FedExP(Strategy):
         denominator = 2 * (norm_of_mean + self.epsilon)
         # Without epsilon the mean may be zero; then any step stays where it is.
         step = max(1.0, norms / cohort.weight_sum / denominator) if denominator else 1.0
-        (stepped,) = elementwise(lambda w, d: (w + step * d,), weights, delta)
-        return stepped, state
+        return moved(weights, delta, step), state

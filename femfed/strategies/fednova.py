@@ -5,7 +5,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from femfed import UserError
-from femfed.strategies.base import Array, Cohort, Outcome, State, Strategy, Weights, elementwise
+from femfed.strategies.base import (
+    Array,
+    Cohort,
+    Outcome,
+    State,
+    Strategy,
+    Weights,
+    elementwise,
+    moved,
+)
 
 
 @dataclass(frozen=True)
@@ -65,8 +74,7 @@ class FedNova(Strategy):
         mean_steps = sum(o.examples * (o.steps / most_steps) for o in cohort.outcomes) / examples
         scale = mean_steps * (cohort.weight_sum / examples)
         if not self.server_momentum:
-            (stepped,) = elementwise(lambda w, d: (w + scale * d,), weights, delta)
-            return stepped, state
+            return moved(weights, delta, scale), state
 
         def step(w: Array, d: Array, v: Array) -> tuple[Array, Array]:
             velocity = self.server_momentum * v + scale * d

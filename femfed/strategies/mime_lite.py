@@ -98,8 +98,14 @@ class MimeLite(Strategy):
         self, weights: Weights, delta: Weights, state: State, cohort: Cohort
     ) -> tuple[Weights, State]:
         """Step along the mean update; the momentum takes in the mean gradient."""
-        (stepped,) = elementwise(lambda w, d: (w + self.server_learning_rate * d,), weights, delta)
-        (momentum,) = elementwise(
-            lambda m, g: (self.beta * m + (1 - self.beta) * g,), state["momentum"], cohort.extra
+        stepped, momentum = elementwise(
+            lambda w, d, m, g: (
+                w + self.server_learning_rate * d,
+                self.beta * m + (1 - self.beta) * g,
+            ),
+            weights,
+            delta,
+            state["momentum"],
+            cohort.extra,
         )
         return stepped, {"momentum": momentum}

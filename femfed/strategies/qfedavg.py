@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from femfed import UserError
-from femfed.strategies.base import ALIKE, Cohort, Outcome, State, Strategy, Weights
+from femfed.strategies.base import ALIKE, Cohort, Outcome, State, Strategy, Weights, moved
 
 WEIGHTINGS = ("uniform", "examples")
 TINY = 1e-10  # added to losses, so that a loss of zero has a power below zero
@@ -84,4 +84,4 @@ class QFedAvg(Strategy):
             for o in cohort.outcomes
         )
         step = cohort.weight_sum / h
-        return [w + step * d for w, d in zip(weights, delta, strict=True)], state
+        return moved(weights, delta, step), state

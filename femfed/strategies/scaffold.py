@@ -7,16 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from femfed import UserError
-from femfed.strategies.base import (
-    ALIKE,
-    Cohort,
-    Memory,
-    Outcome,
-    State,
-    Strategy,
-    Weights,
-    elementwise,
-)
+from femfed.strategies.base import ALIKE, Cohort, Memory, Outcome, State, Strategy, Weights, moved
 
 # Squares of `path` are far above it; where no step was taken it alone is left in a denominator.
 _TINY = 1e-30
@@ -123,6 +114,5 @@ class Scaffold(Strategy):
     ) -> tuple[Weights, State]:
         """Step along the mean update, and let the control variate follow the clients'."""
         share = len(cohort.outcomes) / cohort.clients
-        (stepped,) = elementwise(lambda w, d: (w + self.server_learning_rate * d,), weights, delta)
-        (control,) = elementwise(lambda c, d: (c + share * d,), state["control"], cohort.extra)
-        return stepped, {"control": control}
+        control = moved(state["control"], cohort.extra, share)
+        return moved(weights, delta, self.server_learning_rate), {"control": control}
