@@ -138,16 +138,22 @@ def _train_again_and_again(job: Job, place: int, count: int, barrier: Barrier) -
     extra = training._extra  # what some strategies send besides
     total = [tf.Variable(tf.zeros_like(each)) for each in [*weights, *extra]]
     memories: dict[int, Any] = {}
-
-    @tf.function  # type: ignore[untyped-decorator]
-    def fold(examples: Any) -> None:
-        deltas = [weight - origin for weight, origin in zip(weights, start, strict=True)]
-        for sums, sent in zip(total, [*deltas, *extra], strict=True):
-            sums.assign_add(examples * sent)
-
     mine = range(place, job.schedule.clients_per_round, count)
     writers = [job.store.writer(index, job.test_fraction, 0) for index in mine]
     training.train(writers[0], 0, 0)
+    # All writers are of a size: whose kernel was not rewritten is the same for all.
+    by_kernel = {id(each.kernel): each.update for each in training._deferred}
+    updates = [by_kernel.get(id(weight)) for weight in weights]
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def fold(examples: Any) -> None:
+        deltas = [
+            weight - origin if update is None else tf.cast(update, tf.float32)
+            for weight, origin, update in zip(weights, start, updates, strict=True)
+        ]
+        for sums, sent in zip(total, [*deltas, *extra], strict=True):
+            sums.assign_add(examples * sent)
+
     fold(tf.constant(1.0))
     barrier.wait()
     round = 0

@@ -80,8 +80,9 @@ class LocalTraining:
         # Plain SGD only: whoever corrects a gradient has to see it.
         corrects = type(strategy).correct_gradients is not Strategy.correct_gradients
         plain = not (corrects or strategy.phases(len(self._weights)) or local.momentum)
+        only_update = self._begins_globally and type(strategy).finish is Strategy.finish
         self._deferred = [
-            Deferred(layer, local.batch_size, steps, local.learning_rate)
+            Deferred(layer, local.batch_size, steps, local.learning_rate, only_update=only_update)
             for layer in self.model.layers
             if (steps := Deferred.steps(layer, local.batch_size)) >= 3
             and plain
@@ -107,6 +108,11 @@ class LocalTraining:
         )
         self._term = np.empty(PIECE, np.float64)
         self._delta = np.empty(PIECE, np.float32)
+
+    @property
+    def _begins_globally(self) -> bool:
+        """Whether clients begin from the global weights."""
+        return type(self._strategy).begin is Strategy.begin
 
     @property
     def traces(self) -> int:
@@ -138,7 +144,7 @@ class LocalTraining:
 
     def load_memory(self, vector: NDArray[np.float32] | None) -> None:
         """Take `vector` as what the next client remembers, None for a client that is new."""
-        if type(self._strategy).begin is not Strategy.begin:  # the others begin globally
+        if not self._begins_globally:
             self._forget_copies()
         if vector is None:
             fresh = self._strategy.new_memory(self._initial)
@@ -279,12 +285,31 @@ class LocalTraining:
 
     def _delta_chunks(self) -> Iterator[NDArray[np.float32]]:
         """Yield `w - w_global` in order, at most `PIECE` at a time; each overwrites the last."""
+        updates = {id(each.kernel): each.update for each in self._deferred}
         for local, origin in zip(self._weights, self._global_weights, strict=True):
+            update = updates.get(id(local))
+            if update is not None:
+                yield from self._update_chunks(update)
+                continue
             w, w_global = _view(local), _view(origin)
             for piece in pieces(w.size):
                 delta = self._delta[: w[piece].size]
                 np.subtract(w[piece], w_global[piece], out=delta)
                 yield delta
+
+    def _update_chunks(self, update: tf.Variable) -> Iterator[NDArray[np.float32]]:
+        """Yield what is an update already, at most `PIECE` at a time, in float32."""
+        if update.dtype == tf.float32:
+            vector = _view(update)
+            yield from (vector[piece] for piece in pieces(vector.size))
+            return
+        halves = np.asarray(memoryview(tf.bitcast(update, tf.uint16))).reshape(-1)
+        for piece in pieces(halves.size):
+            delta = self._delta[: halves[piece].size]
+            bits = delta.view(np.uint32)
+            bits[:] = halves[piece]
+            bits <<= 16  # bfloat16 is the upper half of a float32
+            yield delta
 
     def _extra_chunks(self) -> Iterator[NDArray[np.float32]]:
         """Yield what is sent besides the delta in order, at most `PIECE` at a time."""
@@ -392,7 +417,7 @@ class LocalTraining:
             parallel_iterations=1,
         )
         for each, its in zip(deferred, kept, strict=True):
-            each.take(its, last=True)
+            each.end(its)
         return loss_sum, correct
 
     def _step_once(

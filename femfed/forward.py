@@ -30,23 +30,34 @@ class Deferred:
     A step's gradient is the product of two thin matrices, the batch's inputs and slopes:
 
     ```
-    w_t = w_0 - x^T s            x = inputs, s = rate * slopes, of the rows seen since w_0
-    b w_t = b w_0 - (b x^T) s    b = the next batch
+    w_t = w_0 + x^T s            x = inputs, s = -rate * slopes, of the rows seen since w_0
+    b w_t = b w_0 + (b x^T) s    b = the next batch
     ```
 
     So the inputs and slopes are kept, a few hundred rows, and `w` is rewritten once they are many:
     one long product instead of a thin product and three passes over the memory every step. Products
     read copies of it: in their precision, and, of one that no cache holds, transposed for the way
-    in which it is read sooner so.
+    in which it is read sooner so. Where only the update is wanted and all steps were kept, `x^T s`
+    is the update, and `w` is not rewritten at all.
 
     Args:
         layer: the dense layer.
         batch_size: rows that a step adds at most.
         steps: as many batches are kept.
         rate: the learning rate.
+        only_update: whether nobody asks for the kernel after the last step, but for how far it is
+            from the first.
     """
 
-    def __init__(self, layer: keras.layers.Dense, batch_size: int, steps: int, rate: float) -> None:
+    def __init__(
+        self,
+        layer: keras.layers.Dense,
+        batch_size: int,
+        steps: int,
+        rate: float,
+        *,
+        only_update: bool,
+    ) -> None:
         self.kernel: tf.Variable = layer.kernel.value
         self._rate, self._batch_size, self._rows = rate, batch_size, steps * batch_size
         self._dtype = tf.as_dtype(layer.compute_dtype)
@@ -62,6 +73,8 @@ class Deferred:
             else:
                 self._forth = self._transposed, True
         self._are_first = tf.Variable(False, trainable=False)  # copies of the kernel at `begin`
+        self._only_update = only_update
+        self._update = tf.Variable(tf.zeros_like(self._copy), trainable=False)
 
     @staticmethod
     def steps(layer: keras.layers.Layer, batch_size: int) -> int:
@@ -102,7 +115,7 @@ class Deferred:
         """Return `x` times the kernel with all its steps taken."""
         inputs, slopes, used = kept
         moved = _times(_times(x, inputs[:used], transposed=True), slopes[:used])
-        product = _times(x, self._forth[0], transposed=self._forth[1]) - moved
+        product = _times(x, self._forth[0], transposed=self._forth[1]) + moved
         back, transposed = self._back
         graph = tf.compat.v1.get_default_graph()
         with graph.gradient_override_map({"IdentityN": _DEFERRED}):
@@ -114,7 +127,7 @@ class Deferred:
         inputs, slopes, used = kept
         after = used + tf.shape(x)[0]
         rows = tf.range(used, after)
-        scaled = tf.cast(self._rate * tf.cast(slope, tf.float32), slope.dtype)
+        scaled = tf.cast(-self._rate * tf.cast(slope, tf.float32), slope.dtype)
         # Variables would be copied at every change, as long as somebody reads another row.
         inputs = tf.raw_ops.InplaceUpdate(x=inputs, i=rows, v=x)
         slopes = tf.raw_ops.InplaceUpdate(x=slopes, i=rows, v=scaled)
@@ -122,27 +135,37 @@ class Deferred:
         full = after > self._rows - self._batch_size
         return inputs, slopes, tf.cond(full, lambda: self.take(kept), lambda: after)
 
-    def take(self, kept: Kept, *, last: bool = False) -> tf.Tensor:
-        """Take the steps that are kept and return how many rows are: none.
+    def take(self, kept: Kept) -> tf.Tensor:
+        """Take the steps that are kept and return how many rows are: none."""
+        self._rewrite(kept)
+        self._make_copies(first=False)
+        return tf.constant(0)
 
-        Args:
-            kept: inputs and slopes.
-            last: whether no product follows.
-        """
-        inputs, slopes, used = kept
+    def end(self, kept: Kept) -> None:
+        """Take the steps that are kept, the last ones: `update` is there, or the kernel."""
+        if not self._only_update:
+            self._rewrite(kept)
+            return
 
-        def rewrite() -> tf.Tensor:
-            taken = tf.matmul(inputs[:used], slopes[:used], transpose_a=True)
-            # Not in place: a client's kernel begins as the global one, which would be copied first.
-            self.kernel.assign(self.kernel - tf.cast(taken, self.kernel.dtype))
-            if not last:
-                self._make_copies(first=False)
-            return tf.constant(0)
+        def leave_update() -> bool:
+            self._update.assign(_outer(kept))
+            return True
 
-        return tf.cond(used > 0, rewrite, lambda: tf.constant(0))
+        tf.cond(self._are_first, leave_update, lambda: self._rewrite(kept))
+
+    @property
+    def update(self) -> tf.Variable | None:
+        """The last kernel less the first; None if the kernel itself was rewritten."""
+        return self._update if self._only_update and self._are_first else None
+
+    def _rewrite(self, kept: Kept) -> bool:
+        """Move the kernel; return something, as a branch has to."""
+        # Not in place: a client's kernel begins as the global one, which would be copied first.
+        self.kernel.assign(self.kernel + tf.cast(_outer(kept), self.kernel.dtype))
+        return True
 
     def _make_copies(self, *, first: bool) -> bool:
-        """Copy the kernel as it is; return something, as a branch has to."""
+        """Copy the kernel as it is; return something, too."""
         self._copy.assign(tf.cast(self.kernel, self._dtype))
         if self._transposed is not None:
             self._transposed.assign(tf.transpose(self._copy))
@@ -257,8 +280,14 @@ def _product_gradients(product: tf.Operation, slopes: tf.Tensor) -> tuple[tf.Ten
 def _deferred_gradients(its: tf.Operation, slopes: tf.Tensor, *_: None) -> list[tf.Tensor | None]:
     _, _, back, transposed, kept_inputs, kept_slopes = its.inputs
     moved = _times(_times(slopes, kept_slopes, transposed=True), kept_inputs)
-    along_x = _times(slopes, back, transposed=bool(tf.get_static_value(transposed))) - moved
+    along_x = _times(slopes, back, transposed=bool(tf.get_static_value(transposed))) + moved
     return [None, along_x, None, None, None, None]
+
+
+def _outer(kept: Kept) -> tf.Tensor:
+    """Return how far a kernel is moved by what is kept."""
+    inputs, slopes, used = kept
+    return tf.matmul(inputs[:used], slopes[:used], transpose_a=True)
 
 
 def _times(x: tf.Tensor, matrix: tf.Tensor, *, transposed: bool = False) -> tf.Tensor:

@@ -182,11 +182,11 @@ def test_training_equals_a_plain_loop(model: Model, local: Local) -> None:
     ("model", "local"),
     [
         pytest.param(WIDE, PLAIN, id="wide"),
-        pytest.param(WIDE, replace(PLAIN, epochs=5), id="wide-epochs"),  # 15 steps: 13 and two
+        pytest.param(WIDE, replace(PLAIN, epochs=6), id="wide-epochs"),  # 245 rows and 25
         pytest.param(WIDE, replace(PLAIN, epochs=6, batch_size=7), id="wide-batches"),
         pytest.param(CNN(True, 0.0, 0.0), SLOW, id="cnn"),
         pytest.param(PooledCNN(True, 512), SLOW, id="pooled"),
-        pytest.param(HUGE, replace(PLAIN, epochs=6, learning_rate=0.003), id="huge"),  # 17 and one
+        pytest.param(HUGE, replace(PLAIN, epochs=8, learning_rate=0.003), id="huge"),  # 335 and 25
     ],
 )
 @pytest.mark.parametrize("examples", [1, 20, 45])
@@ -354,6 +354,34 @@ def test_who_was_trained_before_does_not_matter(dropping: LocalTraining) -> None
 
     assert np.array_equal(first, again)
     assert np.array_equal(first, elsewhere)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_whether_a_kernel_was_rewritten_for_the_one_before_does_not_matter(precision: str) -> None:
+    """The update of 120 rows is kept as such, that of 360 is in the kernel."""
+    local = replace(SLOW, epochs=6)
+    training, writers = make(local, HUGE, precision=precision), [a_writer(20), a_writer(60)]
+    alone = [delta_after(make(local, HUGE, precision=precision), each, 1, 0) for each in writers]
+
+    for place in (0, 1, 0, 0, 1, 1):
+        assert np.array_equal(delta_after(training, writers[place], 1, 0), alone[place])
+        (kernel,) = training._deferred
+        assert (kernel.update is None) == (place == 1)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_update_that_is_kept_is_the_kernel_less_the_first(precision: str) -> None:
+    """A strategy that asks for the weights has the kernel rewritten."""
+    writer, start = a_writer(45), flatten(make(model=WIDE).initial_weights)
+    update = delta_after(make(model=WIDE, precision=precision), writer, 1, 0)
+    asks = make(model=WIDE, strategy=LocalOnly(), precision=precision)
+    asks.load_memory(None)
+    asks.train(writer, 1, 0)
+
+    np.testing.assert_allclose(
+        update, np.concatenate(asks.memory()) - start, rtol=0, atol=float(np.spacing(start.max()))
+    )
+    assert np.abs(update).max() > 1e-3
 
 
 @pytest.mark.parametrize(("round", "client"), [(3, 5), (2, 6), (5, 2)])
