@@ -25,7 +25,7 @@ from femfed.forward import Deferred, Dropouts, Kept, drops, forward
 from femfed.local import GRID, LARGEST_SUM, DivergedError, Local, unflatten
 from femfed.models import Model
 from femfed.seeds import generator
-from femfed.strategies.base import PIECE, Outcome, Strategy, Weights, pieces
+from femfed.strategies.base import PIECE, Outcome, Strategy, Weights, pieces, squared_norm
 
 _GRADIENT_BATCH = 128  # images; bounds the memory of a full gradient
 _EVALUATION_BATCH = 512  # images; bounds the memory of a writer with thousands of them
@@ -192,7 +192,7 @@ class LocalTraining:
             loss_before=loss_before,
         )
         if "norm" in self._strategy.needs:
-            outcome = replace(outcome, squared_norm=self._squared_norm())
+            outcome = replace(outcome, squared_norm=squared_norm(self._delta_chunks()))
         if not np.isfinite(outcome.loss_sum):
             raise DivergedError(f"training loss is {outcome.loss_sum}")
         return outcome
@@ -317,15 +317,6 @@ class LocalTraining:
             vector = _view(variable)
             for piece in pieces(vector.size):
                 yield vector[piece]
-
-    def _squared_norm(self) -> float:
-        """Return `||w - w_global||^2`, summed in float64."""
-        squared = 0.0
-        for delta in self._delta_chunks():
-            term = self._term[: delta.size]
-            term[:] = delta
-            squared += float(term @ term)
-        return squared
 
     def _like_weights(self) -> list[tf.Variable]:
         return [tf.Variable(tf.zeros_like(w), trainable=False) for w in self._weights]

@@ -73,8 +73,9 @@ class Deferred:
             else:
                 self._forth = self._transposed, True
         self._are_first = tf.Variable(False, trainable=False)  # copies of the kernel at `begin`
-        self._only_update = only_update
-        self._update = tf.Variable(tf.zeros_like(self._copy), trainable=False)
+        self._update = None
+        if only_update:
+            self._update = tf.Variable(tf.zeros_like(self._copy), trainable=False)
 
     @staticmethod
     def steps(layer: keras.layers.Layer, batch_size: int) -> int:
@@ -143,12 +144,13 @@ class Deferred:
 
     def end(self, kept: Kept) -> None:
         """Take the steps that are kept, the last ones: `update` is there, or the kernel."""
-        if not self._only_update:
+        update = self._update
+        if update is None:
             self._rewrite(kept)
             return
 
         def leave_update() -> bool:
-            self._update.assign(_outer(kept))
+            update.assign(_outer(kept))
             return True
 
         tf.cond(self._are_first, leave_update, lambda: self._rewrite(kept))
@@ -156,7 +158,7 @@ class Deferred:
     @property
     def update(self) -> tf.Variable | None:
         """The last kernel less the first; None if the kernel itself was rewritten."""
-        return self._update if self._only_update and self._are_first else None
+        return self._update if self._are_first else None
 
     def _rewrite(self, kept: Kept) -> bool:
         """Move the kernel; return something, as a branch has to."""

@@ -1,6 +1,6 @@
 """Weights, Update and Strategy; a Strategy that overrides nothing is FedAvg."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -289,6 +289,17 @@ def moved(weights: Weights, delta: Weights, rate: float) -> Weights:
     """Return `w + rate * d`."""
     (stepped,) = elementwise(lambda w, d: (w + rate * d,), weights, delta)
     return stepped
+
+
+def squared_norm(arrays: Iterable[Array]) -> float:
+    """Return the sum of all squares, added up in float64."""
+    squared = 0.0
+    for array in arrays:
+        flat = array.reshape(-1)
+        for piece in pieces(flat.size):
+            values = flat[piece].astype(np.float64)
+            squared += float(values @ values)
+    return squared
 
 
 def pieces(size: int) -> Iterator[slice]:

@@ -3,10 +3,17 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from femfed import UserError
-from femfed.strategies.base import ALIKE, Cohort, Outcome, State, Strategy, Weights, moved
+from femfed.strategies.base import (
+    ALIKE,
+    Cohort,
+    Outcome,
+    State,
+    Strategy,
+    Weights,
+    moved,
+    squared_norm,
+)
 
 WEIGHTINGS = ("uniform", "examples")
 
@@ -59,11 +66,7 @@ class FedExP(Strategy):
         """Return `w + step * delta`."""
         most_steps = max(outcome.steps for outcome in cohort.outcomes)
         norms = sum(self.weight(o, most_steps) * o.squared_norm for o in cohort.outcomes)
-        # einsum adds up in float64 without a copy of the layer in float64.
-        norm_of_mean = sum(
-            float(np.einsum("i,i->", d.ravel(), d.ravel(), dtype=np.float64)) for d in delta
-        )
-        denominator = 2 * (norm_of_mean + self.epsilon)
+        denominator = 2 * (squared_norm(delta) + self.epsilon)
         # Without epsilon the mean may be zero; then any step stays where it is.
         step = max(1.0, norms / cohort.weight_sum / denominator) if denominator else 1.0
         return moved(weights, delta, step), state
