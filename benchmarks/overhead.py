@@ -62,11 +62,15 @@ def rule_alone(strategy: Strategy, finished: Round) -> float:
     return time.perf_counter() - start
 
 
-def warm_up(clients: int) -> int:
+def warm_up(strategy: Strategy, clients: int) -> int:
     """Return how many rounds come before those that count.
 
-    The first traces and may not reach all memory where clients are few; the second does.
+    The first traces and may not reach all memory where clients are few; the second does. Files of
+    what clients remember are new in the first three, as a run's first rounds are; later ones
+    overwrite those that nobody needs.
     """
+    if strategy.remembers:
+        return 3
     return 1 if clients >= 30 else 2
 
 
@@ -87,7 +91,7 @@ def measure(
             floors.append(own.enter_context(floor(work)))
 
         def on_round(finished: Round) -> None:
-            if finished.number > warm_up(work.schedule.clients_per_round):
+            if finished.number > warm_up(work.strategy, work.schedule.clients_per_round):
                 seconds = finished.seconds_total - finished.seconds_evaluate
                 alone = rule_alone(work.strategy, finished)
                 bare_seconds = [once() for once in floors]
@@ -133,18 +137,17 @@ def main() -> None:
         "round/own floor (min-max)     as documented  1 CPU each"
     )
     for model, clients in itertools.product(options.models, options.clients):
-        rounds = warm_up(clients) + max(2, options.rounds * 100 // max(100, clients))
+        measured = max(2, options.rounds * 100 // max(100, clients))
         with contextlib.ExitStack() as open_now:
             store = equal_writers(Path(open_now.enter_context(temporary_cache())), clients)
-            work = job(store, MODELS[model], clients, rounds)
-            bare = open_now.enter_context(floor(work))
+            bare = open_now.enter_context(floor(job(store, MODELS[model], clients, 1)))
             engine = open_now.enter_context(RayEngine(CORES, False, MODELS[model].parameters))
             for name in names:
                 strategy = config.make(config.compose([f"strategy={name}"]).strategy, "strategy")
-                memory = store.folder / f"memory_{name}"
-                seconds, floors, own = measure(
-                    engine, replace(work, strategy=strategy, memory=memory), bare
-                )
+                rounds = warm_up(strategy, clients) + measured
+                work = job(store, MODELS[model], clients, rounds, strategy=strategy)
+                work = replace(work, memory=store.folder / f"memory_{name}")
+                seconds, floors, own = measure(engine, work, bare)
                 shares = trains_as_fedavg(strategy) and strategy.averages
                 line = (
                     f"{model:<10} {clients:>7}  {name:<21}  {np.median(floors):>7.3f}  "
