@@ -367,7 +367,7 @@ def cut(sizes: NDArray[Any], workers: int, bundle: int | None) -> list[list[int]
 
     Without a fixed `bundle` size, every bundle is half of a worker's fair share of what is left:
     the first ones are long, so messages are few, and the last ones are short, so that all workers
-    finish together. How the cut falls changes no result: sums are exact (`client.GRID`).
+    finish together. How the cut falls changes no result: sums are exact (`local.GRID`).
     """
     order = np.argsort(-sizes, kind="stable").tolist()
     if bundle is not None:

@@ -2,7 +2,7 @@
 
 By reference (one machine): weights lie in one file and every worker's running sum in another, in
 the run's own folder in shared memory; messages hold only names and numbers. By value: they travel
-inside the Flower messages. Both give the same bits, because sums are exact (`client.GRID`).
+inside the Flower messages. Both give the same bits, because sums are exact (`local.GRID`).
 """
 
 import contextlib
