@@ -141,9 +141,7 @@ def _train_again_and_again(job: Job, place: int, count: int, barrier: Barrier) -
     mine = range(place, job.schedule.clients_per_round, count)
     writers = [job.store.writer(index, job.test_fraction, 0) for index in mine]
     training.train(writers[0], 0, 0)
-    # All writers are of a size: whose kernel was not rewritten is the same for all.
-    by_kernel = {id(each.kernel): each.update for each in training._deferred}
-    updates = [by_kernel.get(id(weight)) for weight in weights]
+    updates = training._updates()  # the same for all: writers are of one size
 
     @tf.function  # type: ignore[untyped-decorator]
     def fold(examples: Any) -> None:

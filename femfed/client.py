@@ -285,11 +285,10 @@ class LocalTraining:
 
     def _delta_chunks(self) -> Iterator[NDArray[np.float32]]:
         """Yield `w - w_global` in order, at most `PIECE` at a time; each overwrites the last."""
-        updates = {id(each.kernel): each.update for each in self._deferred}
-        for local, origin in zip(self._weights, self._global_weights, strict=True):
-            update = updates.get(id(local))
+        weights = zip(self._weights, self._global_weights, self._updates(), strict=True)
+        for local, origin, update in weights:
             if update is not None:
-                yield from self._update_chunks(update)
+                yield from self._chunks(update)
                 continue
             w, w_global = _view(local), _view(origin)
             for piece in pieces(w.size):
@@ -297,13 +296,18 @@ class LocalTraining:
                 np.subtract(w[piece], w_global[piece], out=delta)
                 yield delta
 
-    def _update_chunks(self, update: tf.Variable) -> Iterator[NDArray[np.float32]]:
-        """Yield what is an update already, at most `PIECE` at a time, in float32."""
-        if update.dtype == tf.float32:
-            vector = _view(update)
+    def _updates(self) -> list[tf.Variable | None]:
+        """Return for each weight the variable that holds `w - w_global`, if one does."""
+        updates = {id(each.kernel): each.update for each in self._deferred}
+        return [updates.get(id(weight)) for weight in self._weights]
+
+    def _chunks(self, variable: tf.Variable) -> Iterator[NDArray[np.float32]]:
+        """Yield a variable's values in float32, at most `PIECE` at a time."""
+        if variable.dtype == tf.float32:
+            vector = _view(variable)
             yield from (vector[piece] for piece in pieces(vector.size))
             return
-        halves = np.asarray(memoryview(tf.bitcast(update, tf.uint16))).reshape(-1)
+        halves = np.asarray(memoryview(tf.bitcast(variable, tf.uint16))).reshape(-1)
         for piece in pieces(halves.size):
             delta = self._delta[: halves[piece].size]
             bits = delta.view(np.uint32)
@@ -313,10 +317,7 @@ class LocalTraining:
 
     def _extra_chunks(self) -> Iterator[NDArray[np.float32]]:
         """Yield what is sent besides the delta in order, at most `PIECE` at a time."""
-        for variable in self._extra:
-            vector = _view(variable)
-            for piece in pieces(vector.size):
-                yield vector[piece]
+        return chain.from_iterable(self._chunks(variable) for variable in self._extra)
 
     def _like_weights(self) -> list[tf.Variable]:
         return [tf.Variable(tf.zeros_like(w), trainable=False) for w in self._weights]
