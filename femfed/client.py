@@ -238,8 +238,8 @@ class LocalTraining:
             first: overwrite `total` instead of adding to it.
 
         Returns:
-            The largest magnitude that was added. The sum of these over a cohort has to stay below
-            LARGEST_SUM.
+            A bound of the largest magnitude that was added. The sum of these over a cohort has to
+            stay below LARGEST_SUM.
 
         Raises:
             DivergedError: the update holds NaN, infinity or numbers beyond LARGEST_SUM.
@@ -599,6 +599,11 @@ def _assign(variables: Sequence[tf.Variable], values: Sequence[Any]) -> None:
 
 
 def _magnitude(weight: float, delta: NDArray[np.float32]) -> float:
+    """Return a bound of `|weight * delta|`, below LARGEST_SUM, or raise DivergedError."""
+    with np.errstate(over="ignore"):
+        norm = weight * float(np.sqrt(delta @ delta))  # one pass; the largest takes two
+    if norm < 1.0:  # of whatever trains as it should, and not NaN
+        return norm
     magnitude = float(weight * max(delta.max(), -delta.min()))  # NaN if one element is
     if not magnitude < LARGEST_SUM:
         raise DivergedError(
