@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from femfed import RunError, Stopped, UserError, config
+from femfed import RunError, Stopped, UserError, config, stop
 from femfed.folder import discard, noise_to, owned
 
 # TensorFlow, Flower and Ray take seconds to import: whatever needs them is imported where a user's
@@ -251,7 +251,7 @@ def on_signal(number: int, frame: FrameType | None) -> None:
     """Stop what has no handler of its own yet; what it leaves is removed in peace."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Stopped(number)
+    stop(number)
 
 
 def main() -> None:

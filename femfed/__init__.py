@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -25,6 +26,7 @@ os.environ.update(
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's numbers of them
+_AGAIN = 0.2  # seconds
 
 
 @contextlib.contextmanager
@@ -83,3 +85,25 @@ class Stopped(BaseException):  # no Exception: a sweep stops as a whole
     def __init__(self, signal: int) -> None:
         super().__init__(signal)
         self.signal = signal
+
+
+def stop(number: int) -> None:
+    """Raise `Stopped`, as the answer to a signal, until it is on its way.
+
+    A signal comes at any moment, within a finalizer or a weakref's callback too, and Python drops
+    what is raised there. So it is raised anew every `_AGAIN` seconds, but where one is handled.
+
+    Args:
+        number: of the signal.
+
+    Raises:
+        Stopped: none is being handled.
+    """
+    signal.signal(signal.SIGALRM, lambda *_: stop(number))
+    signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+    handled = sys.exc_info()[1]
+    while handled is not None:
+        if isinstance(handled, Stopped):
+            return
+        handled = handled.__context__
+    raise Stopped(number)

@@ -4,13 +4,14 @@ import contextlib
 import gc
 import importlib
 import inspect
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray._private import parameter, services
+from ray._private import parameter, services, utils
 
 from femfed import Stopped, light_imports
 from femfed.engine import apps
@@ -23,17 +24,21 @@ def test_rays_parts_are_as_known() -> None:
     names = set(inspect.signature(parameter.RayParams).parameters)
     assert {"no_monitor", "include_log_monitor"} <= names
     assert callable(services.start_api_server)
+    assert callable(utils.set_sigterm_handler)
 
 
 def test_ray_starts_servers_only_inside_the_block() -> None:
-    stock = services.start_api_server, parameter.RayParams
+    stock = services.start_api_server, parameter.RayParams, utils.set_sigterm_handler
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError), engine._servers_only():
         assert services.start_api_server(True, raise_on_failure=True) == (None, None)
         made = parameter.RayParams(num_cpus=1)
         assert made.no_monitor
         assert not made.include_log_monitor
+        utils.set_sigterm_handler(lambda *_: None)
+        assert signal.getsignal(signal.SIGTERM) is on_sigterm
         raise RuntimeError
-    assert (services.start_api_server, parameter.RayParams) == stock
+    assert (services.start_api_server, parameter.RayParams, utils.set_sigterm_handler) == stock
 
 
 def test_another_ray_starts_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,9 +47,11 @@ def test_another_ray_starts_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(parameter, "RayParams", Other)
     monkeypatch.delattr(services, "start_api_server")
+    monkeypatch.delattr(utils, "set_sigterm_handler")
     with engine._servers_only():
         assert parameter.RayParams is Other
         assert not hasattr(services, "start_api_server")
+        assert not hasattr(utils, "set_sigterm_handler")
 
 
 def test_modules_are_missing_inside_the_block_only() -> None:

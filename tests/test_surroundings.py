@@ -381,6 +381,48 @@ def test_sigterm_while_a_run_starts(start: Start, moment: str) -> None:
     assert line.startswith("error: stopped")
 
 
+DROPPED = """
+import contextlib, os, signal, sys
+import femfed.engine.ray
+import femfed.results
+import simulate
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)  # what its handler raises is dropped
+servers_only, on_round = femfed.engine.ray._servers_only, femfed.results.Results.on_round
+@contextlib.contextmanager
+def while_ray_starts():
+    with servers_only():
+        yield
+        Finalized()
+def after_a_round(self, finished):
+    on_round(self, finished)
+    if finished.number == 3:
+        Finalized()
+if "engine=inline" in sys.argv:
+    femfed.results.Results.on_round = after_a_round
+else:
+    femfed.engine.ray._servers_only = while_ray_starts
+sys.argv[0] = "simulate.py"
+simulate.main()
+"""
+
+
+@pytest.mark.parametrize("overrides", [(), ("engine=inline",)], ids=["Ray starts", "inline"])
+def test_sigterm_within_a_finalizer(start: Start, overrides: tuple[str, ...]) -> None:
+    """Python drops exceptions there; the signal has to stop the run all the same."""
+    run = start(*STOPPABLE, *overrides, script=DROPPED, PYTHONPATH=str(ROOT))
+
+    run.process.wait(timeout=LONG)
+
+    assert run.process.returncode == 143, run.err
+    assert "Exception ignored in: <function Finalized" in (run.folder / "simulate.log").read_text()
+    assert run.left() == []
+    (line,) = run.err.splitlines()
+    assert line.startswith("error: stopped")
+    assert run.rounds < 24
+
+
 def rays_agents(run: Started) -> list[int]:
     """Return the processes that Ray's server has started for itself, once they are there."""
     return [pid for pid, line in family(run.process.pid).items() if re.match("ray::.+Agent", line)]

@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from femfed import Stopped, UserError, keep_freed_memory, light_imports
+from femfed import Stopped, UserError, keep_freed_memory, light_imports, stop
 from femfed.engine.folders import OwnedFolder
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ WORKERS = ("ray::", "default_worker.py")  # in the command line of a worker
 PATIENCE = 4  # seconds that a stopped run may write
 CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux's prctl
 API_SERVER, PARAMETERS = "start_api_server", "RayParams"
+SET_HANDLER = "set_sigterm_handler"
 OBJECT_STORE = 128 * 2**20  # bytes; enough for messages that hold names and numbers
 
 
@@ -256,10 +257,10 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
                         object_store_memory=object_store,
                         _temp_dir=str(owned.path),
                     )
-            except SystemExit:  # what Ray makes of a SIGTERM while it starts
+            except SystemExit:  # what another Ray makes of a SIGTERM while it starts
                 raise Stopped(signal.SIGTERM) from None
             finally:
-                signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in this place
+                signal.signal(signal.SIGTERM, on_sigterm)  # and puts in this place
             yield owned.path
         except Stopped:
             stopped = True
@@ -292,32 +293,36 @@ def _adopting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _servers_only() -> Iterator[None]:
-    """Have `ray.init` start no more than Ray's two servers.
+    """Have `ray.init` start no more than Ray's two servers, and leave SIGTERM to us.
 
     Without a dashboard, Ray still starts a process that reports its usage: told that it must not,
     it reports that, and it asks the network which cloud this is. The two monitors of logs and of
-    clusters that grow are of no use on one machine. There is no public way to do without; where
-    another Ray has not what is replaced here, it starts as it does.
+    clusters that grow are of no use on one machine. Ray's answer to a SIGTERM is raised once, and
+    lost where Python drops it (`femfed.stop`). There is no public way to do without; where another
+    Ray has not what is replaced here, it starts as it does.
     """
-    from ray._private import parameter, services
+    from ray._private import parameter, services, utils
 
     def no_api_server(*_: object, **__: object) -> tuple[None, None]:
         return None, None  # what Ray itself makes of one that does not start
 
+    def no_handler(_: object) -> None:
+        """Leave the one that is there."""
+
     monitors = {"no_monitor": True, "include_log_monitor": False}
-    stock = (getattr(services, API_SERVER, None), getattr(parameter, PARAMETERS, None))
-    if stock[0] is not None:
-        setattr(services, API_SERVER, no_api_server)
-    if stock[1] is not None and set(monitors) <= set(inspect.signature(stock[1]).parameters):
-        setattr(parameter, PARAMETERS, functools.partial(stock[1], **monitors))
-    try:
-        yield
-    finally:
-        for module, name, value in zip(
-            (services, parameter), (API_SERVER, PARAMETERS), stock, strict=True
-        ):
-            if value is not None:
+    stock = getattr(parameter, PARAMETERS, None)
+    ours: list[tuple[ModuleType, str, Callable[..., Any]]] = [
+        (services, API_SERVER, no_api_server),
+        (utils, SET_HANDLER, no_handler),
+    ]
+    if stock is not None and set(monitors) <= set(inspect.signature(stock).parameters):
+        ours.append((parameter, PARAMETERS, functools.partial(stock, **monitors)))
+    with contextlib.ExitStack() as restored:
+        for module, name, value in ours:
+            if hasattr(module, name):
+                restored.callback(setattr, module, name, getattr(module, name))
                 setattr(module, name, value)
+        yield
 
 
 @contextlib.contextmanager
@@ -331,12 +336,13 @@ def _stoppable(folders: Callable[[], list[Path | None]]) -> Iterator[None]:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if signals:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # no other `Stopped` in between
             for folder in folders():
                 if folder is not None:
                     _remove(folder)
             os._exit(128 + number)
         signals.append(number)
-        raise Stopped(number)
+        stop(number)
 
     handled = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, on_signal) for number in handled}
