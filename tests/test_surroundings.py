@@ -382,12 +382,13 @@ def test_sigterm_while_a_run_starts(start: Start, moment: str) -> None:
 
 
 DROPPED = """
-import contextlib, os, signal, sys
+import _imp, contextlib, os, signal, sys
 import femfed.engine.ray
 import femfed.results
 import simulate
 class Finalized:
     def __del__(self):
+        _imp.acquire_lock()  # as a callback of importlib's, which then never lets go of it
         os.kill(os.getpid(), signal.SIGTERM)  # what its handler raises is dropped
 servers_only, on_round = femfed.engine.ray._servers_only, femfed.results.Results.on_round
 @contextlib.contextmanager

@@ -39,4 +39,4 @@ class FaultTolerantFedAvg(Strategy):
         """Return `w + delta`, or `w` where too few clients completed the round."""
         if len(cohort.outcomes) / cohort.drawn < self.min_completion_rate:
             return [w.copy() for w in weights], state
-        return [w + d for w, d in zip(weights, delta, strict=True)], state
+        return super().apply(weights, delta, state, cohort)
