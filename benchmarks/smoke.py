@@ -25,6 +25,7 @@ from benchmarks.bench import (
 )
 from femfed.engine.ray import RayEngine
 from femfed.models import Dense
+from femfed.strategies.fedavg import FedAvg
 
 WARM_UP, ROUNDS = 2, 50
 
@@ -53,7 +54,7 @@ def main() -> None:
     for clients, rounds in ((10, 5), (30, 3)):
         with temporary_cache() as folder, RayEngine(CORES, False, model.parameters) as engine:
             store = equal_writers(Path(folder), clients)
-            work = job(store, model, clients, overhead.warm_up(clients) + rounds)
+            work = job(store, model, clients, overhead.warm_up(FedAvg(), clients) + rounds)
             with floor(work) as bare:
                 seconds, floors, _ = overhead.measure(engine, work, bare)
         print(

@@ -74,7 +74,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_a_room_imports_what_the_plan_allows(path: Path) -> None:
+def test_a_room_imports_only_what_it_may(path: Path) -> None:
     here = dotted(path)
     for name in imports(path):
         top, _, rest = name.partition(".")
@@ -163,7 +163,7 @@ def test_a_strategy_file_cites_its_source() -> None:
             assert "https://" in path.read_text(), path
 
 
-def test_the_top_level_is_what_the_user_fixed() -> None:
+def test_the_top_level_holds_nothing_else() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     names = {line.split("/")[0] for line in listed.splitlines()}
     expected = {"simulate.py", "conf", "femfed", "tests", "benchmarks", "docs", "pyproject.toml"}
