@@ -8,7 +8,6 @@ From the config to objects, from objects to the engine, from the engine to the r
 
 import contextlib
 import os
-import shlex
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from femfed import RunError, Stopped, UserError, config, stop
-from femfed.folder import discard, noise_to, owned
+from femfed.folder import discard, how_to_resume, noise_to, owned
 
 # TensorFlow, Flower and Ray take seconds to import: whatever needs them is imported where a user's
 # mistake would have been told already.
@@ -48,10 +47,13 @@ def simulate(cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     choices = dict(hydra_config.runtime.choices)
-    ours = False
+    before: list[str] | None = None  # names in a new run's folder, none of which is the run's
+
+    def line() -> str:
+        return how_to_resume(folder, cfg.rounds, cfg.checkpoint.every)  # of a resumed run, its own
+
     try:
         with owned(folder):
-            ours = cfg.resume is None
             if cfg.resume is not None:
                 cfg, choices = config.resumed(cfg, choices, hydra_config.overrides.task, folder)
             elif (folder / "rounds.csv").exists():
@@ -59,25 +61,31 @@ def simulate(cfg: DictConfig) -> None:
                     f"{folder} holds a run already; expected another hydra.run.dir, or "
                     f"resume={folder} to go on with it"
                 )
+            else:
+                before = [path.name for path in folder.iterdir()]
             config.check(cfg)
+            if before is not None:
+                config.save_new(cfg, folder)
             sweep = hydra_config.mode is RunMode.MULTIRUN
             run_one(cfg, folder, choices["strategy"], choices["model"], sweep)
         finished.append(folder)
     except (UserError, OmegaConfBaseException) as error:
-        if ours:
-            discard(folder)
+        if before is not None:
+            discard(folder, before)
         said = str(error) if isinstance(error, UserError) else config.explain(error)
         exit_codes.append(fail(said, 2))
     except RunError as error:
         exit_codes.append(fail(str(error), 1))
     except OSError as error:
-        exit_codes.append(fail(f"{error}; {how_to_resume(folder)}", 1))
+        said = line() or "give another hydra.run.dir"
+        exit_codes.append(fail(f"{error}; {said}", 1))
     except Stopped as stopped:
-        done = f"{len(finished)} runs done; " if hydra_config.mode is RunMode.MULTIRUN else ""
-        fail(f"stopped; {done}{how_to_resume(folder)}", 0)
+        done = f"{len(finished)} runs done" if hydra_config.mode is RunMode.MULTIRUN else ""
+        fail("; ".join(filter(None, ["stopped", done, line()])), 0)
         leave(stopped)
     except Exception:
-        fail(how_to_resume(folder), 1)
+        if said := line():
+            fail(said, 1)
         raise
     started = time.perf_counter()  # of a sweep's next run
 
@@ -121,6 +129,8 @@ def run_one(
         if cfg.resume is not None:
             progress.message(f"goes on from round {begun.round if begun else 0}")
         engine = engine_of(cfg, model, progress.status, engines if sweep else own)
+        if cfg.resume is not None:
+            config.save(cfg, folder)  # nothing is refused any more
 
         from femfed.engine.apps import Job, Run
         from femfed.local import Local
@@ -197,12 +207,6 @@ def engine_of(
     return engine
 
 
-def how_to_resume(folder: Path) -> str:
-    """Return the line that says how to go on with the run in `folder`."""
-    command = f"python simulate.py resume={shlex.quote(os.path.relpath(folder))}"
-    return f"no finished round is lost: {command}"
-
-
 def fail(message: str, code: int) -> int:
     """Print one line to stderr and return the exit code."""
     print(f"error: {message}", file=sys.stderr)
@@ -235,7 +239,7 @@ def in_place(arguments: list[str]) -> list[str]:
     if not given:
         return arguments
     path = given[-1].lstrip("+").removeprefix("resume=").strip("'\"")
-    folder = Path(path).expanduser().absolute()
+    folder = Path(os.path.expanduser(path)).absolute()
     if not (folder / ".hydra" / "config.yaml").is_file():
         raise UserError(
             f"resume={path}: no run in {folder}; expected the folder of a run, outputs/DATE/TIME"

@@ -442,6 +442,8 @@ class LocalTraining:
         moves = self._moves(step, epochs * steps)
         if moves is not None:
             steps_along = [g * moves[place] for place, g in enumerate(steps_along)]
+            for place, velocity in enumerate(self._velocity):
+                velocity.assign(velocity * moves[place])  # what keeps still does not coast
         self._step(steps_along)
         in_last_epoch = epoch == epochs - 1
         loss_sum += tf.where(in_last_epoch, tf.reduce_sum(losses), 0.0)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -158,8 +160,8 @@ def resumed(
 ) -> tuple[DictConfig, dict[str, Any]]:
     """Return the config of the run in `folder` and its choices of groups.
 
-    What of `MAY_CHANGE` the command line gives is taken from there, and a new number of rounds is
-    kept for the next time.
+    What of `MAY_CHANGE` the command line gives is taken from there; `save` keeps it for the next
+    time.
 
     Args:
         cfg: of the command line.
@@ -186,11 +188,26 @@ def resumed(
                 f"{override} would change what the resumed run computes; expected no more than "
                 f"{', '.join(MAY_CHANGE)}"
             )
-    kept = OmegaConf.merge(own, {"resume": None})
-    partial = folder / ".hydra" / "config.yaml.new"
-    OmegaConf.save(kept, partial)
-    partial.replace(folder / ".hydra" / "config.yaml")
     return own, own_choices
+
+
+def save(cfg: DictConfig, folder: Path) -> None:
+    """Write the config of the run in `folder`, which `resumed` reads."""
+    partial = folder / ".hydra" / "config.yaml.new"
+    OmegaConf.save(OmegaConf.merge(cfg, {"resume": None}), partial)
+    partial.replace(folder / ".hydra" / "config.yaml")
+
+
+def save_new(cfg: DictConfig, folder: Path) -> None:
+    """Write the config of a new run, and what Hydra knows of it, as Hydra itself would.
+
+    Hydra would do it before anybody has looked whether the folder is another run's.
+    """
+    (folder / ".hydra").mkdir(exist_ok=True)
+    about: Any = HydraConfig.instance().cfg
+    OmegaConf.save(about, folder / ".hydra" / "hydra.yaml")
+    OmegaConf.save(about.hydra.overrides.task, folder / ".hydra" / "overrides.yaml")
+    save(cfg, folder)  # last: a run that has one can be resumed
 
 
 def check(cfg: DictConfig) -> None:
@@ -205,6 +222,8 @@ def check(cfg: DictConfig) -> None:
     for key, choices in CHOICES.items():
         if (value := OmegaConf.select(cfg, key)) not in choices:
             raise UserError(f"{key}={value}; expected {' or '.join(choices)}")
+    if os.path.expanduser(cfg.cache).startswith("~"):
+        raise UserError(f"cache={cfg.cache}: there is no such home; expected cache=DIR")
     if cfg.clients_per_round > cfg.clients:
         raise UserError(
             f"clients_per_round={cfg.clients_per_round} is more than clients={cfg.clients}; "

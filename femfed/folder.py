@@ -1,11 +1,12 @@
-"""The folder of a run: whose it is, where libraries' noise goes, what a refused run leaves."""
+"""The folder of a run: whose it is, where noise goes, what a refused run leaves, how to go on."""
 
 import contextlib
 import fcntl
 import os
+import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -46,14 +47,39 @@ def noise_to(path: Path) -> Iterator[TextIO]:
             os.close(terminal)
 
 
-def discard(folder: Path) -> None:
-    """Remove the folder of a run that was refused; what is not of that run stays."""
+def discard(folder: Path, before: Collection[str]) -> None:
+    """Remove the folder of a new run that was refused.
+
+    Args:
+        folder: of the run.
+        before: names of what was there before it, which stays.
+    """
     if (folder / "rounds.csv").exists():
         return
-    shutil.rmtree(folder / ".hydra", ignore_errors=True)
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    (folder / "simulate.log").unlink(missing_ok=True)
+    for name in {".hydra", "tensorboard"}.difference(before):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    if "simulate.log" not in before:
+        (folder / "simulate.log").unlink(missing_ok=True)
     for empty in (folder, folder.parent):
         if empty == folder or "outputs" in empty.parts:  # else somebody's own folder
             with contextlib.suppress(OSError):
                 empty.rmdir()
+
+
+def how_to_resume(folder: Path, rounds: int, checkpoint_every: int) -> str:
+    """Return the line that says how to go on with the run in `folder`; empty if there is none.
+
+    Imports nothing: a run that is stopped may be importing.
+
+    Args:
+        folder: of the run.
+        rounds: of the run.
+        checkpoint_every: rounds between its checkpoints.
+    """
+    if not (folder / ".hydra" / "config.yaml").exists():
+        return ""
+    lost = "no finished round is lost"
+    if checkpoint_every > 1:
+        kept = [int(path.stem[6:]) for path in (folder / "checkpoint").glob("round_*.npz")]
+        lost = f"goes on from round {max((at for at in kept if at < rounds), default=0)}"
+    return f"{lost}: python simulate.py resume={shlex.quote(os.path.relpath(folder))}"

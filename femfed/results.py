@@ -50,6 +50,7 @@ class Results:
         self._versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         self._last: Round | None = None
         self._synced = 0  # the last round whose memories are on the disk
+        self._rounds = 0
 
     def rewind(self, rounds: int) -> checkpoint.Checkpoint | None:
         """Take the folder back to its newest sound checkpoint; None if there is none.
@@ -61,6 +62,7 @@ class Results:
         Raises:
             UserError: the run is finished, or the dataset is not the one it began with.
         """
+        self._rounds = rounds
         folder, complete = self._folder / "checkpoint", (self._folder / "summary.json").exists()
         kept = checkpoint.rounds(folder)
         if kept and (kept[-1] > rounds or (kept[-1] == rounds and complete)):
@@ -91,6 +93,7 @@ class Results:
                     f"begun with {name} {begun.about[name]}, resumed with {version}: the bits may "
                     "differ from those of an undisturbed run"
                 )
+        self._memories.rewind(begun.round if begun else 0)
         (self._folder / "summary.json").unlink(missing_ok=True)
         self._events = Events(self._folder, rows)
         for name in ("total", "train", "evaluate"):
@@ -109,9 +112,11 @@ class Results:
         self._files.append_clients(clients)
         self._files.append_round(line)
         self._events.append_round(line)
-        if finished.number % self._checkpoint_every == 0 or finished.is_last:
+        # Of the last round but one as well: a run that ends in its last goes on from there.
+        if finished.number % self._checkpoint_every == 0 or finished.number >= self._rounds - 1:
             about = {"dataset": self._store.folder.name, **self._versions}
             folder = self._folder / "checkpoint"
+            self._files.sync()
             self._memories.sync(after=self._synced)
             self._synced = finished.number
             checkpoint.save(

@@ -8,7 +8,7 @@ import pytest
 
 from femfed.client import LocalTraining
 from femfed.data.store import Handwriting, WriterStore, stored
-from femfed.engine.apps import ClientError, Job, Run
+from femfed.engine.apps import ClientError, Job, Run, cut
 from femfed.engine.federation import Federation
 from femfed.engine.inline import InlineEngine
 from femfed.engine.rounds import Round, Schedule
@@ -89,6 +89,17 @@ def test_how_a_cohort_travels_changes_no_bit(store, tmp_path, changes) -> None:
     expected, _ = finish(a_job(store, tmp_path), tmp_path)
 
     found, _ = finish(a_job(store, tmp_path, **changes), tmp_path)
+
+    assert same(found, expected)
+
+
+def test_messages_may_be_more_than_nodes(store, tmp_path, monkeypatch) -> None:
+    """Where clients fail, fewer of them may be cut into more bundles."""
+    assert len(cut(np.ones(230), 2, None)) > len(cut(np.ones(256), 2, None))
+    expected, _ = finish(a_job(store, tmp_path), tmp_path)
+    monkeypatch.setattr(Job, "nodes", 2)
+
+    found, _ = finish(a_job(store, tmp_path, by_value=True, bundle=1), tmp_path)
 
     assert same(found, expected)
 

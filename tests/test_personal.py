@@ -391,13 +391,15 @@ def test_fedper_from_the_first_head_is_fedavg(store: WriterStore, tmp_path: Path
     assert same(ours.weights, theirs.weights)
 
 
-def test_fedrep_trains_the_head_and_then_the_body(store: WriterStore) -> None:
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_fedrep_trains_the_head_and_then_the_body(store: WriterStore, momentum: float) -> None:
+    local = replace(LOCAL, momentum=momentum)
     writer, initial = store.writer(7, 0.3, SEED), MODEL.build(SEED).get_weights()
     vector = flatten(initial)
     body = len(flatten(initial[:-2]))
 
     def delta_with(share: float) -> np.ndarray:
-        training = LocalTraining(MODEL, FedRep(2, share), LOCAL, SEED)
+        training = LocalTraining(MODEL, FedRep(2, share), local, SEED)
         training.load(vector)
         training.load_memory(None)
         training.train(writer, 1, 7)
@@ -412,7 +414,7 @@ def test_fedrep_trains_the_head_and_then_the_body(store: WriterStore) -> None:
     assert both[:body].any()
     assert both[body:].any()
     # The head's half is what training the head alone for one epoch gives.
-    alone = LocalTraining(MODEL, FedRep(2, 0.99), replace(LOCAL, epochs=1), SEED)
+    alone = LocalTraining(MODEL, FedRep(2, 0.99), replace(local, epochs=1), SEED)
     alone.load(vector)
     alone.load_memory(None)
     alone.train(writer, 1, 7)

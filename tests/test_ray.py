@@ -4,6 +4,7 @@ import contextlib
 import gc
 import importlib
 import inspect
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -104,6 +105,33 @@ def test_an_engine_that_failed_serves_no_other_run(
     with pytest.raises(type(error), match=str(error)):
         ours.run(run, tmp_path)
     assert len(ended) == (1 + engine.RESTARTS if isinstance(error, LostWorkerError) else 1)
+
+
+def test_a_signal_does_not_keep_what_ends_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cleanup that no signal began, `Stopped` comes in between, once."""
+    removed: list[str] = []
+
+    def interrupted(path: Path, ignore_errors: bool) -> None:
+        removed.append(path.name)
+        if len(removed) == 1:
+            raise Stopped(2)
+        rmtree(path)
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(Stopped), OwnedFolder(tmp_path, "ours-") as folder:
+        pass
+    assert removed == [folder.path.name] * 2
+    assert list(tmp_path.iterdir()) == []
+
+    (tmp_path / "rays").mkdir()
+    removed.clear()
+    with pytest.raises(Stopped):
+        engine._remove(tmp_path / "rays")
+    assert removed == ["rays"] * 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_end_that_is_interrupted_still_removes_what_ray_has(

@@ -20,9 +20,11 @@ from benchmarks import faults
 from femfed import UserError, checkpoint
 from femfed.client import LocalTraining
 from femfed.engine import ray as ray_engine
+from femfed.engine.memory import Memories
 from femfed.engine.wire import AT, left_by_the_dead
+from femfed.folder import how_to_resume
 from femfed.local import DivergedError
-from femfed.report.files import RunFiles
+from femfed.report.files import CLIENT_COLUMNS, ROUND_COLUMNS, RunFiles
 from tests.test_engine import a_job, finish, same, store  # noqa: F401  # a fixture
 
 TINY = [
@@ -224,6 +226,87 @@ def test_a_finished_run_says_how_to_go_on(five: Path, monkeypatch: pytest.Monkey
     assert "expected rounds=6 or more" in refused(monkeypatch, f"resume={five}")
     assert "expected rounds=6 or more" in refused(monkeypatch, f"resume={five}", "rounds=4")
     assert (five / "summary.json").exists()
+
+
+def test_what_is_refused_leaves_the_runs_config_alone(
+    five: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in (five / ".hydra").iterdir()}
+    assert set(before) == {"config.yaml", "hydra.yaml", "overrides.yaml"}
+
+    for override in ("rounds=4", "rounds=0", "checkpoint.every=0", "engine.kind=cloud", "seed=1"):
+        refused(monkeypatch, f"resume={five}", override)
+    elsewhere = [f"cache={five.parent}/cache", f"hydra.run.dir={five}", "local.learning_rate=0.5"]
+    assert "holds a run already" in refused(monkeypatch, *TINY, *elsewhere)
+
+    assert {path.name: path.read_bytes() for path in (five / ".hydra").iterdir()} == before
+
+
+def test_memories_of_another_run_and_halves_of_them_go(
+    five: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = five / "memory"
+    foreign = (
+        memory / "client_000000_round_000007.npy",
+        memory / ".client_000001_round_000006.npy.9",
+    )
+    for path in foreign:
+        path.write_bytes(b"not this run's")
+
+    resume(monkeypatch, five, "rounds=8")
+
+    assert not foreign[1].exists()
+    assert not foreign[0].exists() or foreign[0].read_bytes() != b"not this run's"
+    assert Memories(memory).versions(4, 8).max() == 8
+
+
+def test_a_rare_checkpoint_is_told_and_the_last_rounds_are_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rare = tmp_path / "rare"
+    run(monkeypatch, rare, "rounds=5", "checkpoint.every=100")
+    assert checkpoint.rounds(rare / "checkpoint") == [4, 5]
+    assert how_to_resume(rare, 5, 100).startswith("goes on from round 4: python simulate.py")
+    unfinished(rare)
+    assert "goes on from round 4" in resume(monkeypatch, rare)
+    for path in (rare / "checkpoint").iterdir():
+        path.unlink()
+    assert how_to_resume(rare, 5, 100).startswith("goes on from round 0: ")
+    assert how_to_resume(tmp_path, 5, 100) == ""
+
+
+@pytest.mark.parametrize("override", ["clients=0", "dataset=leaf"])
+def test_a_refused_run_removes_only_what_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    theirs = tmp_path / "logs" / "tensorboard" / "events"
+    theirs.parent.mkdir(parents=True)
+    theirs.touch()
+
+    refused(monkeypatch, *TINY[:3], override, f"hydra.run.dir={tmp_path / 'logs'}")
+
+    assert list((tmp_path / "logs").iterdir()) == [theirs.parent]
+    assert theirs.exists()
+
+
+def test_a_cache_in_nobodys_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = ["cache='~nobody-of-that-name/cache'", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert "there is no such home" in refused(monkeypatch, *TINY, *paths)
+    assert not (tmp_path / "run").exists()
+
+
+def test_both_tables_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    files = RunFiles(tmp_path)
+    files.rewind(0)
+    files.append_round(dict.fromkeys(ROUND_COLUMNS, 1))
+    files.append_clients([dict.fromkeys(CLIENT_COLUMNS, 1)])
+
+    files.sync()
+
+    names = ("rounds.csv", "clients.csv")
+    assert {(tmp_path / name).stat().st_ino for name in names} <= set(synced)
 
 
 def test_no_run_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,13 +159,18 @@ def test_real_leaf_files_run_and_start_from_the_store_the_second_time(tmp_path: 
     assert summary(tmp_path / "again" / "run")["weights_sha256"] == sha
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
 def test_a_folder_that_holds_a_run_is_left_alone(finished) -> None:
     folder = finished[0]
-    before = sorted(path.name for path in (folder / "run").iterdir())
+    before = contents(folder / "run")
     done = run(folder, *TINY, code=2)
     assert done.stderr.startswith("error: ")
     assert "holds a run already" in done.stderr
-    assert sorted(path.name for path in (folder / "run").iterdir()) == before
+    assert contents(folder / "run") == before
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

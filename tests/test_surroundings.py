@@ -424,6 +424,17 @@ def test_sigterm_within_a_finalizer(start: Start, overrides: tuple[str, ...]) ->
     assert run.rounds < 24
 
 
+def test_a_mistake_that_only_a_worker_sees_is_a_line(start: Start) -> None:
+    run = start(*TINY, "engine.workers=1", "strategy=fedper", "model=logistic")
+
+    assert run.process.wait(timeout=LONG) == 2
+
+    (line,) = run.err.splitlines()
+    assert line.startswith("error: a head of 2 weight arrays is the whole model; expected fewer")
+    assert not run.folder.exists()
+    assert run.left() == []
+
+
 def rays_agents(run: Started) -> list[int]:
     """Return the processes that Ray's server has started for itself, once they are there."""
     return [pid for pid, line in family(run.process.pid).items() if re.match("ray::.+Agent", line)]

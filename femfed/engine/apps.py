@@ -6,6 +6,7 @@ to message only if it imported the module. A worker builds its model and traces 
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import resource
@@ -26,7 +27,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
-from femfed import RunError, light_imports
+from femfed import RunError, UserError, light_imports
 from femfed.data.store import Writer, WriterStore
 from femfed.engine.federation import Federation, Writers
 from femfed.engine.memory import Memories
@@ -54,6 +55,10 @@ ANNOUNCED = 0.1  # the same where workers ring: a look takes a millisecond from 
 COLUMNS = tuple(each.name for each in fields(Outcome))
 
 T = TypeVar("T")
+Handler = Callable[[Message, Context], Message]
+
+# Errors of a worker that are none of a client's, by the name they travel under.
+ERRORS: dict[str, type[Exception]] = {"disk": OSError, "user": UserError}
 
 
 class ClientError(RunError):
@@ -141,7 +146,21 @@ def _worker(spec: str) -> Worker:
 client_app = ClientApp()
 
 
+def _telling(handler: Handler) -> Handler:
+    """Have a handler's errors that tell all in a line come back; Flower would send their trace."""
+
+    @functools.wraps(handler)
+    def answer(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except (UserError, OSError) as error:
+            return _failed(message, str(error), error)
+
+    return answer
+
+
 @client_app.query()
+@_telling
 def ready(message: Message, context: Context) -> Message:
     """Build the worker before the first round; tell which process and which node this is."""
     task = _task(message)
@@ -153,20 +172,19 @@ def ready(message: Message, context: Context) -> Message:
 
 
 @client_app.query("save")
+@_telling
 def save(message: Message, context: Context) -> Message:
     """Save the global weights as a Keras model."""
     task = _task(message)
     worker = _worker(task["spec"])
     worker.load(message.content, task["version"])
-    try:
-        worker.training.save(Path(task["path"]))
-    except OSError as error:
-        return _failed(message, str(error), error)
+    worker.training.save(Path(task["path"]))
     worker.inbox.ring(message.content)
     return _reply(message, context, {})
 
 
 @client_app.train()
+@_telling
 def train(message: Message, context: Context) -> Message:
     """Train a bundle of clients one after the other and fold their updates."""
     task = _task(message)
@@ -226,28 +244,37 @@ def train(message: Message, context: Context) -> Message:
 
 
 @client_app.evaluate()
+@_telling
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the global weights on a bundle of writers, one after the other."""
     task = _task(message)
     worker = _worker(task["spec"])
     worker.load(message.content, task["version"])
-    strategy, training = worker.strategy, worker.training
     outcomes: list[Outcome] = []
     places: list[int] = []
     for place in worker.inbox.places(message.content, task["turns"], len(task["writers"])):
         index, client, version = (task[name][place] for name in ("writers", "clients", "versions"))
         writer = worker.writer(index)
+        try:
+            outcomes.append(_evaluated(worker, writer, index, client, version))
+        except Exception as error:
+            worker.inbox.end_turns(message.content, task["turns"])
+            return _failed(message, _named(writer, client, error), error)
         places.append(place)
-        if strategy.tuning_steps or (strategy.personalises and version):
-            if strategy.remembers:
-                training.load_memory(worker.memories.recall(client, version))
-            outcomes.append(training.evaluate_personal(writer, index))
-            continue
-        unseen = client < 0
-        rows = np.arange(len(writer.labels), dtype=np.int32) if unseen else writer.test
-        outcomes.append(training.evaluate(writer, rows))
     worker.inbox.ring(message.content)
     return _reply(message, context, {**_columns(outcomes), "places": places})
+
+
+def _evaluated(worker: Worker, writer: Writer, index: int, client: int, version: int) -> Outcome:
+    """Evaluate a client by its own weights, if it has such, or else the global ones."""
+    strategy, training = worker.strategy, worker.training
+    if strategy.tuning_steps or (strategy.personalises and version):
+        if strategy.remembers:
+            training.load_memory(worker.memories.recall(client, version))
+        return training.evaluate_personal(writer, index)
+    unseen = client < 0
+    rows = np.arange(len(writer.labels), dtype=np.int32) if unseen else writer.test
+    return training.evaluate(writer, rows)
 
 
 def _reply(message: Message, context: Context, columns: dict[str, Any]) -> Message:
@@ -257,18 +284,17 @@ def _reply(message: Message, context: Context, columns: dict[str, Any]) -> Messa
 
 
 def _failed(message: Message, text: str, error: Exception) -> Message:
-    trace = "" if isinstance(error, DivergedError | OSError) else traceback.format_exc()
-    about: dict[str, Any] = {
-        "error": text,
-        "trace": trace,
-        "is_os_error": isinstance(error, OSError),
-    }
+    kind = next((each for each in ERRORS if isinstance(error, ERRORS[each])), "")
+    told = kind or isinstance(error, DivergedError)
+    trace = "" if told else traceback.format_exc()
+    about: dict[str, Any] = {"error": text, "trace": trace, "kind": kind}
     return Message(RecordDict({"failure": ConfigRecord(about)}), reply_to=message)
 
 
 def _named(writer: Writer, client: int, error: Exception | str) -> str:
+    who = f"client {client}" if client >= 0 else "unseen"
     return (
-        f"client {client} (writer {writer.name}, number {writer.number}, subject number "
+        f"{who} (writer {writer.name}, number {writer.number}, subject number "
         f"{writer.subject_number}): {str(error) or repr(error)}"
     )
 
@@ -594,7 +620,7 @@ class GridWorkers:
     def _exchange(
         self, kind: str, contents: list[RecordDict], on_wait: Callable[[set[int]], None]
     ) -> list[RecordDict]:
-        """Send content i to node i and return the replies in the same order.
+        """Send each content to a node, in turn, and return the replies in the same order.
 
         Args:
             kind: Flower's type of the messages.
@@ -608,7 +634,7 @@ class GridWorkers:
         """
         messages = [
             Message(content, dst_node_id=node, message_type=kind)
-            for content, node in zip(contents, self._nodes[: len(contents)], strict=True)
+            for content, node in zip(contents, itertools.cycle(self._nodes), strict=False)
         ]
         ringing = 0
         patience = PATIENCE if self._job.by_value or kind == "query" else ANNOUNCED
@@ -634,8 +660,8 @@ class GridWorkers:
     def _checked(self, content: RecordDict) -> RecordDict:
         if "failure" in content.config_records:
             failure: dict[str, Any] = dict(content.config_records["failure"])
-            if failure["is_os_error"]:  # a full disk, say: not the client's doing
-                raise OSError(failure["error"])
+            if failure["kind"]:
+                raise ERRORS[failure["kind"]](failure["error"])
             raise ClientError("\n".join(filter(None, [failure["error"], failure["trace"]])))
         outcome = _outcome(content)
         self._peaks[outcome["pid"]] = outcome["peak"]

@@ -6,6 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from femfed import Stopped
+
 LOCK = "lock"  # file that a process keeps locked in its folder
 
 
@@ -28,8 +30,13 @@ class OwnedFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._lock.close()
+        try:
+            shutil.rmtree(self.path, ignore_errors=True)
+        except Stopped:  # which does not come a second time
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
+        finally:
+            self._lock.close()
 
 
 def _remove_abandoned(place: Path, prefix: str) -> None:

@@ -96,6 +96,14 @@ class Memories:
             os.fsync(descriptor)
             os.close(descriptor)
 
+    def rewind(self, round: int) -> None:
+        """Remove what was kept after `round`, by another run maybe, and what was not finished."""
+        for client, version in self._kept():
+            if version > round:
+                self._path(client, version).unlink()
+        for partial in self._folder.glob(".client_*"):  # of a worker that was killed
+            partial.unlink()
+
     def prune(self, round: int) -> None:
         """Let go of what is not needed by anyone who starts again after `round` or later.
 

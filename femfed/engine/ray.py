@@ -130,8 +130,9 @@ class RayEngine:
     def _end(self) -> None:
         if self._flower is not None:
             self._flower.end()
-        self._flower = self._temporary = None
+        self._flower = None
         self._ray.close()
+        self._temporary = None
 
 
 class _Flower:
@@ -266,9 +267,11 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
             stopped = True
             raise
         finally:
-            if not stopped:  # else this process ends now, and Ray would take its seconds
-                ray.shutdown()
-            _remove(owned.path)
+            try:
+                if not stopped:  # else this process ends now, and Ray would take its seconds
+                    ray.shutdown()
+            finally:
+                _remove(owned.path)
             flower.setLevel(level)
             if python_path is None:
                 del os.environ["PYTHONPATH"]
@@ -355,7 +358,15 @@ def _stoppable(folders: Callable[[], list[Path | None]]) -> Iterator[None]:
 
 
 def _remove(folder: Path) -> None:
-    """End what is left of Ray, and remove a folder."""
+    """End what is left of Ray, and remove a folder; a signal in between is no reason not to."""
+    try:
+        _end_and_remove(folder)
+    except Stopped:  # which does not come a second time
+        _end_and_remove(folder)
+        raise
+
+
+def _end_and_remove(folder: Path) -> None:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         found: set[int] = set()
