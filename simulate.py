@@ -49,8 +49,12 @@ def simulate(cfg: DictConfig) -> None:
     choices = dict(hydra_config.runtime.choices)
     before: list[str] | None = None  # names in a new run's folder, none of which is the run's
 
-    def line() -> str:
-        return how_to_resume(folder, cfg.rounds, cfg.checkpoint.every)  # of a resumed run, its own
+    def ended() -> str:
+        """Return how to go on with the run; if it has not begun, leave nothing of it."""
+        how = how_to_resume(folder, cfg.rounds, cfg.checkpoint.every)  # of a resumed run, its own
+        if before is not None and not how:
+            discard(folder, before)
+        return how
 
     try:
         with owned(folder):
@@ -64,8 +68,6 @@ def simulate(cfg: DictConfig) -> None:
             else:
                 before = [path.name for path in folder.iterdir()]
             config.check(cfg)
-            if before is not None:
-                config.save_new(cfg, folder)
             sweep = hydra_config.mode is RunMode.MULTIRUN
             run_one(cfg, folder, choices["strategy"], choices["model"], sweep)
         finished.append(folder)
@@ -77,15 +79,16 @@ def simulate(cfg: DictConfig) -> None:
     except RunError as error:
         exit_codes.append(fail(str(error), 1))
     except OSError as error:
-        said = line() or "give another hydra.run.dir"
-        exit_codes.append(fail(f"{error}; {said}", 1))
+        how = ended()
+        said = how or "make room there, or give another folder (hydra.run.dir, cache)"
+        exit_codes.append(fail(f"{error}; {said}", 1 if how else 2))
     except Stopped as stopped:
         done = f"{len(finished)} runs done" if hydra_config.mode is RunMode.MULTIRUN else ""
-        fail("; ".join(filter(None, ["stopped", done, line()])), 0)
+        fail("; ".join(filter(None, ["stopped", done, ended()])), 0)
         leave(stopped)
     except Exception:
-        if said := line():
-            fail(said, 1)
+        if how := ended():
+            fail(how, 1)
         raise
     started = time.perf_counter()  # of a sweep's next run
 
@@ -125,12 +128,14 @@ def run_one(
             on_message=progress.message,
         )
         results = Results(folder, store, federation, progress, cfg.checkpoint.every, started)
+        engine, start = engine_of(cfg, model, progress.status, engines if sweep else own)
         begun = results.rewind(cfg.rounds)
-        if cfg.resume is not None:
+        if cfg.resume is None:
+            config.save_new(cfg, folder)  # nothing is refused any more
+        else:
+            config.save(cfg, folder)
             progress.message(f"goes on from round {begun.round if begun else 0}")
-        engine = engine_of(cfg, model, progress.status, engines if sweep else own)
-        if cfg.resume is not None:
-            config.save(cfg, folder)  # nothing is refused any more
+        start()
 
         from femfed.engine.apps import Job, Run
         from femfed.local import Local
@@ -176,8 +181,8 @@ def run_one(
 
 def engine_of(
     cfg: DictConfig, model: Any, on_status: Callable[[str], None], until: contextlib.ExitStack
-) -> Any:
-    """Return the engine that `cfg` asks for, a sweep's last one if it is the same.
+) -> tuple[Any, Callable[[], None]]:
+    """Return the engine that `cfg` asks for and what starts it: a sweep's last one runs already.
 
     Args:
         cfg: the config of the run.
@@ -189,7 +194,7 @@ def engine_of(
     workers = cfg.engine.workers or len(os.sched_getaffinity(0))
     settings = (cfg.engine.kind, workers, by_value, model.parameters)
     if settings in kept:
-        return kept[settings]
+        return kept[settings], lambda: None
     kept.clear()
     until.close()
     if cfg.engine.kind == "inline":
@@ -200,11 +205,14 @@ def engine_of(
         from femfed.engine.ray import RayEngine
 
         choice = RayEngine(workers, by_value, model.parameters)
-    on_status(f"starting {choice.workers} workers")
-    engine = until.enter_context(choice)
-    if until is engines:
-        kept[settings] = engine
-    return engine
+
+    def start() -> None:
+        on_status(f"starting {choice.workers} workers")
+        until.enter_context(choice)
+        if until is engines:
+            kept[settings] = choice
+
+    return choice, start
 
 
 def fail(message: str, code: int) -> int:
@@ -229,28 +237,6 @@ def leave(stopped: Stopped) -> None:
     os._exit(128 + stopped.signal)
 
 
-def in_place(arguments: list[str]) -> list[str]:
-    """Return a command line whose `resume=DIR` makes Hydra run in DIR and leave its config there.
-
-    Raises:
-        UserError: there is no run in DIR.
-    """
-    given = [argument for argument in arguments if argument.lstrip("+").startswith("resume=")]
-    if not given:
-        return arguments
-    path = given[-1].lstrip("+").removeprefix("resume=").strip("'\"")
-    folder = Path(os.path.expanduser(path)).absolute()
-    if not (folder / ".hydra" / "config.yaml").is_file():
-        raise UserError(
-            f"resume={path}: no run in {folder}; expected the folder of a run, outputs/DATE/TIME"
-        )
-    if {"-m", "--multirun"} & set(arguments):
-        raise UserError(f"resume={path} with -m; expected one run to go on with at a time")
-    quoted = "'" + str(folder).replace("\\", "\\\\").replace("'", "\\'") + "'"
-    others = [argument for argument in arguments if argument not in given]
-    return [*others, f"resume={quoted}", f"hydra.run.dir={quoted}", "hydra.output_subdir=null"]
-
-
 def on_signal(number: int, frame: FrameType | None) -> None:
     """Stop what has no handler of its own yet; what it leaves is removed in peace."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -264,7 +250,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     try:
-        sys.argv[1:] = in_place(sys.argv[1:])
+        sys.argv[1:] = config.in_place(sys.argv[1:])
         simulate()
         sweeps = {
             folder.parent for folder in finished if "-m" in sys.argv or "--multirun" in sys.argv

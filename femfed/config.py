@@ -76,7 +76,7 @@ class EngineConfig:
 class CheckpointConfig:
     """When a run is saved."""
 
-    every: int = _key("rounds between checkpoints; the last round is always saved", 1)
+    every: int = _key("rounds between checkpoints; the last two rounds are always saved", 1)
 
 
 @dataclass
@@ -153,6 +153,28 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         raise UserError(explain(error)) from None
     check(cfg)
     return cfg
+
+
+def in_place(arguments: list[str]) -> list[str]:
+    """Return a command line whose `resume=DIR` makes Hydra run in DIR.
+
+    Raises:
+        UserError: there is no run in DIR.
+    """
+    given = [argument for argument in arguments if argument.lstrip("+").startswith("resume=")]
+    if not given:
+        return arguments
+    path = given[-1].lstrip("+").removeprefix("resume=").strip("'\"")
+    folder = Path(os.path.expanduser(path)).absolute()
+    if not (folder / ".hydra" / "config.yaml").is_file():
+        raise UserError(
+            f"resume={path}: no run in {folder}; expected the folder of a run, outputs/DATE/TIME"
+        )
+    if {"-m", "--multirun"} & set(arguments):
+        raise UserError(f"resume={path} with -m; expected one run to go on with at a time")
+    quoted = "'" + str(folder).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    others = [argument for argument in arguments if argument not in given]
+    return [*others, f"resume={quoted}", f"hydra.run.dir={quoted}"]
 
 
 def resumed(

@@ -56,7 +56,7 @@ def discard(folder: Path, before: Collection[str]) -> None:
     """
     if (folder / "rounds.csv").exists():
         return
-    for name in {".hydra", "tensorboard"}.difference(before):
+    for name in {".hydra", "memory", "tensorboard"}.difference(before):
         shutil.rmtree(folder / name, ignore_errors=True)
     if "simulate.log" not in before:
         (folder / "simulate.log").unlink(missing_ok=True)

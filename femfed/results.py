@@ -73,16 +73,17 @@ class Results:
         begun, rows = None, list[Any]()
         for round in reversed([round for round in kept if round < rounds]):
             try:
-                begun, rows = (
-                    checkpoint.load(checkpoint.path_of(folder, round)),
-                    self._files.rewind(round),
-                )
-                break
+                found = checkpoint.load(checkpoint.path_of(folder, round))
+                ours = found.about["dataset"] == self._store.folder.name
+                rows = self._files.rewind(round) if ours else []
             except (checkpoint.DamagedError, ValueError) as error:
                 self._progress.message(f"{error}; goes on from the checkpoint before")
+            else:
+                begun = found
+                break
         if begun is None:
             rows = self._files.rewind(0)
-        elif begun.about["dataset"] != self._store.folder.name:
+        elif not ours:
             raise UserError(
                 f"the run in {self._folder} began with the dataset store {begun.about['dataset']}, "
                 f"but this is {self._store.folder.name}; expected the same source, unchanged"

@@ -20,6 +20,7 @@ from benchmarks import faults
 from femfed import UserError, checkpoint
 from femfed.client import LocalTraining
 from femfed.engine import ray as ray_engine
+from femfed.engine.inline import InlineEngine
 from femfed.engine.memory import Memories
 from femfed.engine.wire import AT, left_by_the_dead
 from femfed.folder import how_to_resume
@@ -231,15 +232,38 @@ def test_a_finished_run_says_how_to_go_on(five: Path, monkeypatch: pytest.Monkey
 def test_what_is_refused_leaves_the_runs_config_alone(
     five: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = {path.name: path.read_bytes() for path in (five / ".hydra").iterdir()}
-    assert set(before) == {"config.yaml", "hydra.yaml", "overrides.yaml"}
+    def contents() -> dict[str, bytes]:
+        files = [path for path in five.rglob("*") if path.is_file() and path.suffix != ".log"]
+        return {str(path.relative_to(five)): path.read_bytes() for path in files}
+
+    before = contents()
+    assert {f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")} <= set(before)
+    monkeypatch.setattr(ray_engine, "_available_memory", lambda: 2**30)
 
     for override in ("rounds=4", "rounds=0", "checkpoint.every=0", "engine.kind=cloud", "seed=1"):
         refused(monkeypatch, f"resume={five}", override)
     elsewhere = [f"cache={five.parent}/cache", f"hydra.run.dir={five}", "local.learning_rate=0.5"]
     assert "holds a run already" in refused(monkeypatch, *TINY, *elsewhere)
+    memory = refused(monkeypatch, f"resume={five}", "rounds=8", "engine=ray", "engine.workers=9")
+    assert "expected at most" in memory
 
-    assert {path.name: path.read_bytes() for path in (five / ".hydra").iterdir()} == before
+    assert contents() == before
+
+
+def test_more_rounds_are_kept_once_the_workers_start(
+    five: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(self: InlineEngine) -> None:
+        raise OSError("no room for another process")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InlineEngine, "__enter__", stopped)
+        code, _, err = typed(monkeypatch, f"resume={five}", "rounds=8")
+    assert (code, "no finished round is lost: " in err) == (1, True)
+
+    assert "goes on from round 5" in resume(monkeypatch, five)
+
+    assert checkpoint.rounds(five / "checkpoint")[-1] == 8
 
 
 def test_memories_of_another_run_and_halves_of_them_go(
@@ -247,7 +271,7 @@ def test_memories_of_another_run_and_halves_of_them_go(
 ) -> None:
     memory = five / "memory"
     foreign = (
-        memory / "client_000000_round_000007.npy",
+        memory / "client_000000_round_000009.npy",
         memory / ".client_000001_round_000006.npy.9",
     )
     for path in foreign:
@@ -255,9 +279,8 @@ def test_memories_of_another_run_and_halves_of_them_go(
 
     resume(monkeypatch, five, "rounds=8")
 
-    assert not foreign[1].exists()
-    assert not foreign[0].exists() or foreign[0].read_bytes() != b"not this run's"
-    assert Memories(memory).versions(4, 8).max() == 8
+    assert not any(path.exists() for path in foreign)
+    assert Memories(memory).versions(4, 9).max() == 8
 
 
 def test_a_rare_checkpoint_is_told_and_the_last_rounds_are_not_lost(

@@ -358,7 +358,7 @@ def has_child(part: str) -> Callable[[Started], bool]:
 
 
 MOMENTS: dict[str, Callable[[Started], object]] = {
-    "Hydra has made the folder": lambda run: (run.folder / ".hydra" / "config.yaml").exists(),
+    "the run has a config": lambda run: (run.folder / ".hydra" / "config.yaml").exists(),
     "Ray has a folder": lambda run: list(run.temporary.glob("femfed-ray-*")),
     "Ray's store starts": has_child("gcs_server"),
     "workers import": has_child("default_worker.py"),

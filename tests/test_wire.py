@@ -160,11 +160,9 @@ def test_turns_end_when_one_says_so(tmp_path: Path) -> None:
     content, turns = outbox.publish([np.zeros(PARAMETERS, np.float32)]), outbox.start_turns()
     places = inbox.places(content, turns, 10)
     assert next(places) == 0
-    Inbox(PARAMETERS).end_turns(content, turns)
-    assert list(places) == []
-    turns = outbox.start_turns()
     outbox.end_turns()
-    assert list(inbox.places(content, turns, 10)) == []
+    assert list(places) == []
+    assert list(Inbox(PARAMETERS).places(content, turns, 10)) == []
 
 
 def test_who_is_left_of_an_engine_takes_no_turn_of_the_next(tmp_path: Path) -> None:

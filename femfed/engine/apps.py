@@ -224,8 +224,7 @@ def train(message: Message, context: Context) -> Message:
                 largest += training.fold(weight, total, first=fresh)
                 fresh, worker.folded = False, task["attempt"]
         except Exception as error:
-            if not task["drop"] or isinstance(error, OSError):
-                worker.inbox.end_turns(message.content, task["turns"])
+            if not task["drop"] or isinstance(error, tuple(ERRORS.values())):
                 return _failed(message, _named(writer, client, error), error)
             dropped.append(_named(writer, client, error))
             continue
@@ -258,7 +257,6 @@ def evaluate(message: Message, context: Context) -> Message:
         try:
             outcomes.append(_evaluated(worker, writer, index, client, version))
         except Exception as error:
-            worker.inbox.end_turns(message.content, task["turns"])
             return _failed(message, _named(writer, client, error), error)
         places.append(place)
     worker.inbox.ring(message.content)
@@ -381,7 +379,7 @@ class Job:
 
     @functools.cached_property
     def nodes(self) -> int:
-        """Flower nodes to register: as many as there are bundles at most, not writers."""
+        """Flower nodes to register: about as many as there are bundles at most, not writers."""
         if self.takes_turns:
             return self.workers
         train = len(cut(np.ones(self.schedule.clients_per_round), self.workers, self.bundle))
@@ -410,7 +408,7 @@ def cut(sizes: NDArray[Any], workers: int, bundle: int | None) -> list[list[int]
 
 
 class GridWorkers:
-    """Trains and evaluates through Flower's grid: one message a node, about a bundle or all turns.
+    """Trains and evaluates through Flower's grid: a message is about a bundle, or about all turns.
 
     Args:
         job: the run.
@@ -659,6 +657,7 @@ class GridWorkers:
 
     def _checked(self, content: RecordDict) -> RecordDict:
         if "failure" in content.config_records:
+            self._outbox.end_turns()  # or the other workers would train all that are left
             failure: dict[str, Any] = dict(content.config_records["failure"])
             if failure["kind"]:
                 raise ERRORS[failure["kind"]](failure["error"])

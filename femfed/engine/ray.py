@@ -131,8 +131,10 @@ class RayEngine:
         if self._flower is not None:
             self._flower.end()
         self._flower = None
-        self._ray.close()
-        self._temporary = None
+        try:
+            self._ray.close()
+        finally:
+            self._temporary = None
 
 
 class _Flower:

@@ -111,13 +111,6 @@ def take_turn(path: Path) -> int:
     return turn
 
 
-def end_turns(path: Path) -> None:
-    """Let nobody take another turn."""
-    with path.open("r+b", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(ENDED.to_bytes(8, "little"))
-
-
 def mapped(path: Path, size: int, dtype: DTypeLike, *, create: bool = False) -> NDArray[Any]:
     """Map `size` numbers of a shared file; a file made here has its pages reserved.
 
@@ -184,7 +177,9 @@ class Outbox:
     def end_turns(self) -> None:
         """Let no worker take another client."""
         if self._folder is not None:
-            end_turns(self._turns)
+            with self._turns.open("r+b", buffering=0) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.write(ENDED.to_bytes(8, "little"))
 
     def reserve_updates(self, clients: int) -> None:
         """Make room for `clients` single updates, for strategies that do not average."""
@@ -287,11 +282,6 @@ class Inbox:
             return
         while (place := take_turn(self._path(content, turns))) < count:
             yield place
-
-    def end_turns(self, content: RecordDict, turns: str) -> None:
-        """Let no worker take another client."""
-        if turns:
-            end_turns(self._path(content, turns))
 
     def note(self, content: RecordDict, client: int) -> None:
         """Leave word of which client is being trained, in case this process does not survive it."""
