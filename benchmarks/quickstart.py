@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -72,7 +73,7 @@ def main(model: str, clients: int, rounds: int, cpus: int) -> list[float]:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     resources = {"num_cpus": cpus, "num_gpus": 0.0}
     start = {"num_cpus": CORES, "log_to_driver": False}
-    setting = {"client_resources": resources, "init_args": start}
+    setting: Any = {"client_resources": resources, "init_args": start}
     run_simulation(server_app, client_app, clients, backend_config=setting)
     return list(np.diff(ends)[1:])
 
