@@ -7,6 +7,7 @@ From the config to objects, from objects to the engine, from the engine to the r
 """
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -69,7 +70,9 @@ def simulate(cfg: DictConfig) -> None:
                 before = [path.name for path in folder.iterdir()]
             config.check(cfg)
             sweep = hydra_config.mode is RunMode.MULTIRUN
-            run_one(cfg, folder, choices["strategy"], choices["model"], sweep)
+            save = config.save if before is None else config.save_new
+            accepted = functools.partial(save, cfg, folder)
+            run_one(cfg, folder, choices["strategy"], choices["model"], sweep, accepted)
         finished.append(folder)
     except (UserError, OmegaConfBaseException) as error:
         if before is not None:
@@ -94,9 +97,17 @@ def simulate(cfg: DictConfig) -> None:
 
 
 def run_one(
-    cfg: DictConfig, folder: Path, strategy_name: str, model_name: str, sweep: bool
+    cfg: DictConfig,
+    folder: Path,
+    strategy_name: str,
+    model_name: str,
+    sweep: bool,
+    accepted: Callable[[], None],
 ) -> None:
-    """Build what `cfg` describes, run it, and leave the results in `folder`."""
+    """Build what `cfg` describes, run it, and leave the results in `folder`.
+
+    `accepted` is called once nothing is refused any more, before the workers start.
+    """
     from femfed.engine.federation import open_federation
     from femfed.engine.rounds import Schedule
     from femfed.models import check_precision
@@ -130,10 +141,8 @@ def run_one(
         results = Results(folder, store, federation, progress, cfg.checkpoint.every, started)
         engine, start = engine_of(cfg, model, progress.status, engines if sweep else own)
         begun = results.rewind(cfg.rounds)
-        if cfg.resume is None:
-            config.save_new(cfg, folder)  # nothing is refused any more
-        else:
-            config.save(cfg, folder)
+        accepted()
+        if cfg.resume is not None:
             progress.message(f"goes on from round {begun.round if begun else 0}")
         start()
 

@@ -125,7 +125,8 @@ def values(key: str, kind: Any, about: Any) -> st.SearchStrategy[Any] | None:
         drawn += [st.floats(low, 10 if high is None else high, exclude_max=about["below"])]
     elif int in kinds:
         drawn += [st.integers(low, MOST.get(key, low + 30))]
-        drawn += [] if key in MOST else [st.sampled_from(LARGE)]
+        large = [number for number in LARGE if high is None or number <= high]
+        drawn += [] if key in MOST else [st.sampled_from(large)]
     elif bool in kinds:
         drawn += [st.booleans()]
     else:
@@ -199,7 +200,7 @@ def test_a_valid_config_runs_or_says_why_not(command: list[str], cache: Path) ->
     with tempfile.TemporaryDirectory() as folder:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                simulate.run_one(cfg, Path(folder), "fuzz", "fuzz", sweep=False)
+                simulate.run_one(cfg, Path(folder), "fuzz", "fuzz", False, lambda: None)
         except (UserError, RunError) as error:
             event(type(error).__name__)
             one_line(str(error))
