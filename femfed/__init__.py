@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 __version__ = "0.1.0"
 
@@ -107,3 +107,12 @@ def stop(number: int) -> None:
             return
         handled = handled.__context__
     raise Stopped(number)
+
+
+def outlast(cleanup: Callable[[], object]) -> None:
+    """Run a cleanup to its end: if `Stopped` comes in between, anew, since it comes only once."""
+    try:
+        cleanup()
+    except Stopped:
+        cleanup()
+        raise

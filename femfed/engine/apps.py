@@ -59,6 +59,7 @@ Handler = Callable[[Message, Context], Message]
 
 # Errors of a worker that are none of a client's, by the name they travel under.
 ERRORS: dict[str, type[Exception]] = {"disk": OSError, "user": UserError}
+TOLD = tuple(ERRORS.values())
 
 
 class ClientError(RunError):
@@ -153,7 +154,7 @@ def _telling(handler: Handler) -> Handler:
     def answer(message: Message, context: Context) -> Message:
         try:
             return handler(message, context)
-        except (UserError, OSError) as error:
+        except TOLD as error:
             return _failed(message, str(error), error)
 
     return answer
@@ -224,7 +225,7 @@ def train(message: Message, context: Context) -> Message:
                 largest += training.fold(weight, total, first=fresh)
                 fresh, worker.folded = False, task["attempt"]
         except Exception as error:
-            if not task["drop"] or isinstance(error, tuple(ERRORS.values())):
+            if not task["drop"] or isinstance(error, TOLD):
                 return _failed(message, _named(writer, client, error), error)
             dropped.append(_named(writer, client, error))
             continue
@@ -644,11 +645,15 @@ class GridWorkers:
             if self._stop.is_set():
                 raise StoppedError
             for reply in arrived:
-                if reply.has_error():
-                    self._outbox.end_turns()
-                    failed = reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-                    raise (ClientError if failed else LostWorkerError)(reply.error.reason)
-                replies[places[reply.metadata.reply_to_message_id]] = self._checked(reply.content)
+                try:
+                    if reply.has_error():
+                        failed = reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+                        raise (ClientError if failed else LostWorkerError)(reply.error.reason)
+                    content = self._checked(reply.content)
+                except Exception:
+                    self._outbox.end_turns()  # or the other workers would train all that are left
+                    raise
+                replies[places[reply.metadata.reply_to_message_id]] = content
             on_wait(set(replies))
             ringing = max(0, ringing - len(arrived))
             if not arrived:
@@ -657,7 +662,6 @@ class GridWorkers:
 
     def _checked(self, content: RecordDict) -> RecordDict:
         if "failure" in content.config_records:
-            self._outbox.end_turns()  # or the other workers would train all that are left
             failure: dict[str, Any] = dict(content.config_records["failure"])
             if failure["kind"]:
                 raise ERRORS[failure["kind"]](failure["error"])

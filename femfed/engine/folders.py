@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from femfed import Stopped
+from femfed import outlast
 
 LOCK = "lock"  # file that a process keeps locked in its folder
 
@@ -31,10 +31,7 @@ class OwnedFolder:
 
     def __exit__(self, *_: object) -> None:
         try:
-            shutil.rmtree(self.path, ignore_errors=True)
-        except Stopped:  # which does not come a second time
-            shutil.rmtree(self.path, ignore_errors=True)
-            raise
+            outlast(lambda: shutil.rmtree(self.path, ignore_errors=True))
         finally:
             self._lock.close()
 

@@ -19,7 +19,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from femfed import Stopped, UserError, keep_freed_memory, light_imports, stop
+from femfed import Stopped, UserError, keep_freed_memory, light_imports, outlast, stop
 from femfed.engine.folders import OwnedFolder
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
                 if not stopped:  # else this process ends now, and Ray would take its seconds
                     ray.shutdown()
             finally:
-                _remove(owned.path)
+                outlast(functools.partial(_remove, owned.path))
             flower.setLevel(level)
             if python_path is None:
                 del os.environ["PYTHONPATH"]
@@ -360,15 +360,7 @@ def _stoppable(folders: Callable[[], list[Path | None]]) -> Iterator[None]:
 
 
 def _remove(folder: Path) -> None:
-    """End what is left of Ray, and remove a folder; a signal in between is no reason not to."""
-    try:
-        _end_and_remove(folder)
-    except Stopped:  # which does not come a second time
-        _end_and_remove(folder)
-        raise
-
-
-def _end_and_remove(folder: Path) -> None:
+    """End what is left of Ray, and remove a folder."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         found: set[int] = set()
