@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from femfed import UserError, keep_freed_memory
 from femfed.data.store import Rows, Writer
-from femfed.forward import Deferred, Dropouts, Kept, drops, forward
+from femfed.deferred import Correct, Deferred, Kept, KnownAs, correction_of
+from femfed.forward import Dropouts, drops, forward
 from femfed.local import GRID, LARGEST_SUM, DivergedError, Local, unflatten
 from femfed.models import Model
 from femfed.seeds import generator
@@ -77,17 +78,15 @@ class LocalTraining:
             tf.Variable(tf.zeros_like(w), trainable=False) for w in self._weights if local.momentum
         ]
         self._dropping = sum(drops(layer) for layer in self.model.layers)
-        # Plain SGD only: whoever corrects a gradient has to see it.
-        corrects = type(strategy).correct_gradients is not Strategy.correct_gradients
-        plain = not (corrects or strategy.phases(len(self._weights)) or local.momentum)
         only_update = self._begins_globally and type(strategy).finish is Strategy.finish
-        self._deferred = [
-            Deferred(layer, local.batch_size, steps, local.learning_rate, only_update=only_update)
-            for layer in self.model.layers
-            if (steps := Deferred.steps(layer, local.batch_size)) >= 3
-            and plain
-            and not local.weight_decay
-        ]
+        self._deferred = self._defer(
+            self._corrected, begins_globally=self._begins_globally, only_update=only_update
+        )
+        self._personal_deferred = (
+            self._defer(self._personally_corrected, begins_globally=False, only_update=False)
+            if self._trains_personal
+            else []
+        )
         images = tf.TensorSpec([None, 28, 28], tf.uint8)
         labels = tf.TensorSpec([None], tf.uint8)
         order = tf.TensorSpec([None, None], tf.int32)
@@ -115,6 +114,16 @@ class LocalTraining:
         return type(self._strategy).begin is Strategy.begin
 
     @property
+    def _all_deferred(self) -> list[Deferred]:
+        return [*self._deferred, *self._personal_deferred]
+
+    @property
+    def _trains_personal(self) -> bool:
+        """Whether clients train a second model of their own."""
+        ours = type(self._strategy).correct_personal_gradients
+        return ours is not Strategy.correct_personal_gradients
+
+    @property
     def traces(self) -> int:
         """How often the local epoch was traced; more than once is a defect."""
         return int(self._train.experimental_get_tracing_count())
@@ -124,7 +133,8 @@ class LocalTraining:
         shared = [self._global_weights, *self._state.values()]
         for variables, part in zip(shared, np.split(vector, len(shared)), strict=True):
             _assign(variables, unflatten(part, self.shapes))
-        self._forget_copies()
+        for each in self._all_deferred:
+            each.forget()
 
     @property
     def initial_weights(self) -> Weights:
@@ -144,8 +154,9 @@ class LocalTraining:
 
     def load_memory(self, vector: NDArray[np.float32] | None) -> None:
         """Take `vector` as what the next client remembers, None for a client that is new."""
-        if not self._begins_globally:
-            self._forget_copies()
+        changed = self._personal_deferred if self._begins_globally else self._all_deferred
+        for each in changed:
+            each.forget()
         if vector is None:
             fresh = self._strategy.new_memory(self._initial)
             for name, variables in self._memory.items():
@@ -278,11 +289,6 @@ class LocalTraining:
         if not np.isfinite(vector).all():
             raise DivergedError("the update holds NaN or infinity")
 
-    def _forget_copies(self) -> None:
-        """Take note that training begins from other weights than before."""
-        for each in self._deferred:
-            each.forget()
-
     def _delta_chunks(self) -> Iterator[NDArray[np.float32]]:
         """Yield `w - w_global` in order, at most `PIECE` at a time; each overwrites the last."""
         weights = zip(self._weights, self._global_weights, self._updates(), strict=True)
@@ -330,7 +336,7 @@ class LocalTraining:
         data = images, labels, order, dropout_seeds
         if self._personal_step is not None:
             _assign(self._weights, memory["personal"])
-            self._epochs(self._personal_step, (), *data)
+            self._epochs(self._personal_step, self._personal_deferred, *data)
             _assign(memory["personal"], self._weights)
         if self._gradient:
             _assign(self._weights, origin)
@@ -351,26 +357,77 @@ class LocalTraining:
     @functools.cached_property
     def _shared_step(self) -> Step:
         """A compiled step of the weights that are shared."""
-        strategy, origin, memory = self._strategy, self._global_weights, self._memory
-        return self._compiled_step(
-            self._deferred,
-            lambda g: strategy.correct_gradients(g, self._weights, origin, memory, self._state),
-        )
+        return self._compiled_step(self._deferred, self._corrected)
 
     @functools.cached_property
     def _personal_step(self) -> Step | None:
         """A compiled step of the weights of a client's own, if the strategy has such."""
-        strategy, origin = self._strategy, self._global_weights
-        if type(strategy).correct_personal_gradients is Strategy.correct_personal_gradients:
+        if not self._trains_personal:
             return None
-        return self._compiled_step(
-            (), lambda g: strategy.correct_personal_gradients(g, self._weights, origin)
+        return self._compiled_step(self._personal_deferred, self._personally_corrected)
+
+    def _corrected(self, gradients: Sequence[Any], known_as: KnownAs = list) -> Sequence[Any]:
+        """Return the shared model's gradients as the strategy corrects them.
+
+        Args:
+            gradients: one per weight.
+            known_as: what the strategy is shown for variables: themselves, or their names.
+        """
+        return self._strategy.correct_gradients(
+            gradients,
+            known_as(self._weights),
+            known_as(self._global_weights),
+            {name: known_as(variables) for name, variables in self._memory.items()},
+            {name: known_as(variables) for name, variables in self._state.items()},
         )
+
+    def _personally_corrected(
+        self, gradients: Sequence[Any], known_as: KnownAs = list
+    ) -> Sequence[Any]:
+        """Return the personal model's gradients as the strategy corrects them."""
+        return self._strategy.correct_personal_gradients(
+            gradients, known_as(self._weights), known_as(self._global_weights)
+        )
+
+    def _defer(
+        self, correct_gradients: Correct, *, begins_globally: bool, only_update: bool
+    ) -> list[Deferred]:
+        """Return the kernels whose steps are to be deferred while gradients are corrected so.
+
+        Steps with momentum, in phases, or along what is no sum have to be taken one by one.
+        """
+        local, found = self._local, list[Deferred]()
+        if local.momentum or self._strategy.phases(len(self._weights)):
+            return found
+        for layer in self.model.layers:
+            if not Deferred.steps(layer, local.batch_size):
+                continue
+            place = [id(weight) for weight in self._weights].index(id(layer.kernel.value))
+            correction = correction_of(
+                place, self._weights, self._global_weights, local.weight_decay, correct_gradients
+            )
+            drifts = correction is not None and correction.drifts(begins_there=begins_globally)
+            steps = Deferred.steps(layer, local.batch_size, drifts=drifts)
+            if correction is not None and steps:
+                origin, rate = self._global_weights[place], local.learning_rate
+                found.append(
+                    Deferred(
+                        layer,
+                        local.batch_size,
+                        steps,
+                        rate,
+                        correction,
+                        origin,
+                        begins_there=begins_globally,
+                        only_update=only_update,
+                    )
+                )
+        return found
 
     def _compiled_step(
         self,
         deferred: Sequence[Deferred],
-        correct_gradients: Callable[[Sequence[tf.Tensor]], Sequence[tf.Tensor]],
+        correct_gradients: Correct,
     ) -> Step:
         """Return `_step_once`, traced in a graph of its own.
 
@@ -415,7 +472,7 @@ class LocalTraining:
     def _step_once(
         self,
         deferred: Sequence[Deferred],
-        correct_gradients: Callable[[Sequence[tf.Tensor]], Sequence[tf.Tensor]],
+        correct_gradients: Correct,
         step: tf.Tensor,
         loss_sum: tf.Tensor,
         correct: tf.Tensor,
@@ -434,11 +491,17 @@ class LocalTraining:
         losses, logits, gradients, now_kept = self._gradients(
             _pixels(images, rows), targets, dropouts, list(zip(deferred, kept, strict=True))
         )
+        later = [gradient is None for gradient in gradients]
+        given = [
+            tf.zeros_like(w) if is_later else g  # never computed, nor what is made of it
+            for g, w, is_later in zip(gradients, self._weights, later, strict=True)
+        ]
         if local.weight_decay:
-            gradients = [
-                g + local.weight_decay * w for g, w in zip(gradients, self._weights, strict=True)
-            ]
-        steps_along = correct_gradients(gradients)
+            given = [g + local.weight_decay * w for g, w in zip(given, self._weights, strict=True)]
+        steps_along = [
+            None if is_later else along
+            for along, is_later in zip(correct_gradients(given), later, strict=True)
+        ]
         moves = self._moves(step, epochs * steps)
         if moves is not None:
             steps_along = [g * moves[place] for place, g in enumerate(steps_along)]

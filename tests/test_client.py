@@ -1,8 +1,8 @@
 """The client: a plain loop written here is the truth for the compiled local epoch."""
 
 import gc
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -13,14 +13,21 @@ import tensorflow as tf
 from femfed import UserError, config
 from femfed.client import LocalTraining, forget
 from femfed.data.store import CLASSES, Writer
+from femfed.deferred import Deferred
 from femfed.forward import Dropouts
+from femfed.linear import Linear
 from femfed.local import DivergedError, Local, flatten, unflatten
 from femfed.models import CNN, Dense, Model, PooledCNN
 from femfed.seeds import generator
 from femfed.strategies.base import Strategy
+from femfed.strategies.ditto import Ditto
 from femfed.strategies.fedavg import FedAvg
+from femfed.strategies.feddyn import FedDyn
 from femfed.strategies.fedprox import FedProx
+from femfed.strategies.fedrep import FedRep
 from femfed.strategies.local_only import LocalOnly
+from femfed.strategies.mime_lite import MimeLite
+from femfed.strategies.scaffold import Scaffold
 
 SEED = 11
 PLAIN = Local(epochs=1, batch_size=20, learning_rate=0.1, momentum=0.0, weight_decay=0.0)
@@ -172,6 +179,7 @@ def assert_trains_as_by_hand(
         pytest.param(
             TWO_LAYERS, replace(PLAIN, epochs=2, momentum=0.5, weight_decay=0.1), id="both"
         ),
+        pytest.param(CNN(True, 0.0, 0.0), SLOW, id="cnn"),
     ],
 )
 def test_training_equals_a_plain_loop(model: Model, local: Local) -> None:
@@ -184,7 +192,7 @@ def test_training_equals_a_plain_loop(model: Model, local: Local) -> None:
         pytest.param(WIDE, PLAIN, id="wide"),
         pytest.param(WIDE, replace(PLAIN, epochs=6), id="wide-epochs"),  # 245 rows and 25
         pytest.param(WIDE, replace(PLAIN, epochs=6, batch_size=7), id="wide-batches"),
-        pytest.param(CNN(True, 0.0, 0.0), SLOW, id="cnn"),
+        pytest.param(WIDE, replace(PLAIN, epochs=6, weight_decay=0.1), id="wide-decay"),
         pytest.param(PooledCNN(True, 512), SLOW, id="pooled"),
         pytest.param(HUGE, replace(PLAIN, epochs=8, learning_rate=0.003), id="huge"),  # 335 and 25
     ],
@@ -214,17 +222,120 @@ def test_gradients_equal_those_of_the_keras_model(model: Model) -> None:
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+def test_linear_finds_the_factors_of_a_sum() -> None:
+    x, y = Linear.of("x"), Linear.of("y")
+
+    assert (2 * (x - y) + x / 4 + -y).factors == {"x": 2.25, "y": -3.0}
+    assert (x + y * 0.5).factors == {"x": 1.0, "y": 0.5}
+    for more in (lambda: x * y, lambda: x**2, lambda: x + 1.0, lambda: 1.0 / x, lambda: x / y):
+        with pytest.raises(TypeError):
+            more()
+
+
+@dataclass(frozen=True)
+class Clipping(Strategy):
+    """Corrects gradients by more than a sum."""
+
+    def correct_gradients(self, gradients: Sequence[Any], *_: Any) -> Sequence[Any]:
+        return [g / (1.0 + (g**2) ** 0.5) for g in gradients]
+
+
+@dataclass(frozen=True)
+class Squaring(Strategy):
+    def correct_gradients(self, gradients: Sequence[Any], *_: Any) -> Sequence[Any]:
+        return [g * g for g in gradients]
+
+
+@dataclass(frozen=True)
+class Mixing(Strategy):
+    """Has one weight follow another one's gradient."""
+
+    def correct_gradients(self, gradients: Sequence[Any], *_: Any) -> Sequence[Any]:
+        return [gradients[0] + gradients[0], *gradients[1:-1], gradients[-1] + gradients[-1]][::-1]
+
+
+@dataclass(frozen=True)
+class Following(Strategy):
+    """Pulls one weight towards another of its shape, which changes as well."""
+
+    def correct_gradients(
+        self, gradients: Sequence[Any], weights: Sequence[Any], *_: Any
+    ) -> Sequence[Any]:
+        return [g + 0.1 * weights[-1] for g in gradients]
+
+
 @pytest.mark.parametrize(
-    ("local", "strategy"),
+    ("local", "strategy", "model"),
     [
-        (PLAIN, FedProx(0.1)),
-        (replace(PLAIN, momentum=0.5), FedAvg()),
-        (replace(PLAIN, weight_decay=0.1), FedAvg()),
-        (replace(PLAIN, batch_size=100), FedAvg()),  # as much work kept as taken
+        (PLAIN, Clipping(), WIDE),
+        (PLAIN, Squaring(), WIDE),
+        (PLAIN, Mixing(), WIDE),
+        (PLAIN, Following(), WIDE),
+        (PLAIN, FedRep(personal_arrays=2, head_share=0.5), HUGE),
+        (replace(PLAIN, momentum=0.5), FedAvg(), WIDE),
+        (replace(PLAIN, batch_size=100), FedAvg(), WIDE),  # as much work kept as taken
+        (PLAIN, FedAvg(), CNN(True, 0.25, 0.5)),  # thin
+        (PLAIN, Scaffold(1.0, "uniform"), WIDE),  # one more product is too much for this one
     ],
 )
-def test_no_step_is_deferred_that_somebody_has_to_see(local: Local, strategy: Strategy) -> None:
-    assert not make(local, WIDE, strategy)._deferred
+def test_no_step_is_deferred_that_somebody_has_to_see_or_that_would_gain_nothing(
+    local: Local, strategy: Strategy, model: Model
+) -> None:
+    assert not make(local, model, strategy)._deferred
+
+
+# 45 rows are kept, of 360 most are taken on the way: then a ReLU on the edge may go either way.
+@pytest.mark.parametrize(("epochs", "bound"), [(1, 2e-4), (8, 5e-3)])
+@pytest.mark.parametrize(
+    ("strategy", "decay"),
+    [
+        pytest.param(FedAvg(), 0.1, id="decay"),
+        pytest.param(FedProx(0.5), 0.0, id="fedprox"),
+        pytest.param(FedProx(0.5), 0.1, id="fedprox-decay"),
+        pytest.param(Scaffold(1.0, "uniform"), 0.0, id="scaffold"),
+        pytest.param(FedDyn(0.3, "uniform"), 0.0, id="feddyn"),
+        pytest.param(MimeLite(1.0, 0.9, "uniform"), 0.0, id="mime_lite"),
+        pytest.param(Ditto(0.4), 0.0, id="ditto"),
+    ],
+)
+def test_deferred_steps_along_corrected_gradients_equal_steps_one_by_one(
+    strategy: Strategy,
+    decay: float,
+    epochs: int,
+    bound: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    local = replace(PLAIN, epochs=epochs, learning_rate=0.009, weight_decay=decay)
+    draw = np.random.default_rng(1)
+    model = Dense(True, (5400,))
+    noise = [0.002 * draw.standard_normal(4_600_000, np.float32) for _ in range(3)]
+
+    def trained(precision: str) -> list[np.ndarray]:
+        """Return update and memory of a client that was trained between others."""
+        training = make(local, model, strategy, precision)
+        n, start = training.parameters, flatten(training.initial_weights)
+        broadcast = [noise[1][:n] for _ in strategy.broadcasts]
+        training.load(np.concatenate([start + noise[0][:n], *broadcast]))
+        came_to = []
+        for client in (3, 4, 3):
+            if strategy.remembers:
+                its = noise[2][client : client + n]
+                training.load_memory(start + its if isinstance(strategy, Ditto) else its)
+            update = delta_after(training, a_writer(45 if client == 3 else 20), 2, client)
+            came_to.append([update, np.concatenate([update[:0], *training.memory()])])
+        assert all(np.array_equal(*both) for both in zip(came_to[0], came_to[2], strict=True))
+        assert bool(training._deferred) == deferred
+        return came_to[0]
+
+    deferred = True
+    ours, ours_in_half = trained("float32"), trained("bfloat16")
+    monkeypatch.setattr(Deferred, "steps", lambda *_, **__: 0)
+    deferred = False
+    plain, plain_in_half = trained("float32"), trained("bfloat16")
+
+    for exact, its, half, its_half in zip(plain, ours, plain_in_half, ours_in_half, strict=True):
+        assert np.linalg.norm(its - exact) <= bound * np.linalg.norm(exact)
+        assert np.linalg.norm(its_half - exact) <= 1.25 * np.linalg.norm(half - exact)
 
 
 # dropout
@@ -299,26 +410,28 @@ def test_half_precision_is_as_near_as_the_keras_model_in_it(model: Model) -> Non
         assert np.linalg.norm(ours - exact) < 1.1 * np.linalg.norm(its - exact) + 0.001 * size
 
 
+@pytest.mark.parametrize(("model", "epochs"), [(TWO_LAYERS, 2), (WIDE, 2), (WIDE, 6)])
 @pytest.mark.parametrize("proximal_mu", [0.1, 1.0])
-def test_fedprox_equals_the_term_in_the_loss(proximal_mu: float) -> None:
-    writer, local = a_writer(45), replace(PLAIN, epochs=2)
+def test_fedprox_equals_the_term_in_the_loss(proximal_mu: float, model: Model, epochs: int) -> None:
+    writer, local = a_writer(45), replace(PLAIN, epochs=epochs)
 
-    vector = delta_after(make(local, TWO_LAYERS, FedProx(proximal_mu)), writer, 1, 2)
+    vector = delta_after(make(local, model, FedProx(proximal_mu)), writer, 1, 2)
 
-    expected, _, _ = by_hand(TWO_LAYERS, local, writer, 1, 2, proximal_mu)
-    without, _, _ = by_hand(TWO_LAYERS, local, writer, 1, 2)
+    expected, _, _ = by_hand(model, local, writer, 1, 2, proximal_mu)
+    without, _, _ = by_hand(model, local, writer, 1, 2)
     np.testing.assert_allclose(vector, expected, atol=1e-6, rtol=0)
     assert np.linalg.norm(expected) < np.linalg.norm(without)
 
 
+@pytest.mark.parametrize("model", [LOGISTIC, WIDE])
 @pytest.mark.parametrize(
     "local", [PLAIN, replace(PLAIN, epochs=2, momentum=0.9, weight_decay=0.01)]
 )
-def test_fedprox_without_pull_is_fedavg(local: Local) -> None:
+def test_fedprox_without_pull_is_fedavg(local: Local, model: Model) -> None:
     writer = a_writer(45)
 
-    prox = delta_after(make(local, strategy=FedProx(0.0)), writer, 1, 2)
-    average = delta_after(make(local, strategy=FedAvg()), writer, 1, 2)
+    prox = delta_after(make(local, model, FedProx(0.0)), writer, 1, 2)
+    average = delta_after(make(local, model, FedAvg()), writer, 1, 2)
 
     assert np.array_equal(prox, average)
 
@@ -337,7 +450,7 @@ def test_a_writer_with_nothing_to_train_on_changes_nothing() -> None:
 # a client's result depends on nothing else
 
 
-@pytest.fixture(scope="module", params=[0.0, 0.5], ids=["deferred", "momentum"])
+@pytest.fixture(scope="module", params=[0.0, 0.5], ids=["plain", "momentum"])
 def dropping(request: pytest.FixtureRequest) -> LocalTraining:
     """A model with both of its dropout layers, and two epochs."""
     return make(replace(PLAIN, epochs=2, momentum=request.param), CNN(True, 0.25, 0.5))

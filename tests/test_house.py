@@ -30,17 +30,19 @@ OURS = {
     # The two front doors: this one and simulate.py.
     "data.__main__": {"config", "data", "engine.federation", "report.sheet"},
     "strategies": {"strategies.base", "strategies.columns"},
-    "client": {"strategies.base", "models", "data.store", "forward", "local"},
+    "client": {"strategies.base", "models", "data.store", "forward", "deferred", "local"},
     "local": {"strategies.base"},
-    "forward": set(),
+    "forward": {"deferred"},
+    "deferred": {"linear"},
+    "linear": set(),
     "engine": {"engine", "client", "local", "data", "strategies.base", "models", "checkpoint"},
 }
 # Library -> the rooms that may import it.
 LIBRARIES = {
     "hydra": {"config"},
     "omegaconf": {"config", "data.__main__"},
-    "tensorflow": {"client", "forward"},
-    "keras": {"forward", "models"},
+    "tensorflow": {"client", "forward", "deferred"},
+    "keras": {"forward", "deferred", "models"},
     "ray": {"engine.ray"},
     "flwr": {
         "engine.apps",

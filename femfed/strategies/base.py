@@ -171,6 +171,9 @@ class Strategy:
     ) -> Sequence[Any]:
         """Return the gradients a client steps along, at every local step.
 
+        A gradient plus arrays of its shape, each times a number, costs little more than the
+        gradient: a large kernel need not be rewritten at every step then.
+
         Args:
             gradients: of the mean loss over the batch, one per weight.
             weights: the client's weights at this step.

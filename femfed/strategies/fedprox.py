@@ -17,8 +17,7 @@ class FedProx(Strategy):
     ```
 
     The gradient of the proximal term is added as it stands, so no norm is differentiated (which
-    would be NaN at the first step, where `w = w_global`). `proximal_mu=0` is FedAvg, to
-    rounding (bit for bit where no dense kernel has more than a million weights).
+    would be NaN at the first step, where `w = w_global`). `proximal_mu=0` is FedAvg bit for bit.
 
     Source: T. Li, A. K. Sahu, M. Zaheer, M. Sanjabi, A. Talwalkar, V. Smith, "Federated
     Optimization in Heterogeneous Networks", MLSys 2020, https://arxiv.org/abs/1812.06127

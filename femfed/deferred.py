@@ -1,0 +1,399 @@
+"""Steps of SGD on a large dense kernel, taken several at a time, also along corrected gradients."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from femfed.linear import Linear
+
+_LARGE = 3 * 2**19  # weights: smaller kernels live in the cache, where rewriting them costs little
+_HUGE = 2**22  # weights: smaller kernels stay in some cache between a step's products
+_FEWEST = 3  # steps; to keep fewer costs more than it saves
+_KEPT = 128  # how much a rewritten kernel costs, in products with what is kept instead
+_DEFERRED = "FemfedDeferred"  # name of its gradient
+
+
+# What a strategy is shown for variables: themselves, or their names.
+KnownAs = Callable[[Sequence[tf.Variable]], list[Any]]
+# (gradients, KnownAs) -> the gradients that steps are taken along.
+Correct = Callable[..., Sequence[Any]]
+
+
+class Kept(NamedTuple):
+    """What a deferred kernel keeps of the steps since it was last rewritten.
+
+    Attributes:
+        inputs: of the kernel's layer, `[rows, inputs]`.
+        slopes: of the loss along its outputs, times what a step takes of them, `[rows, outputs]`.
+        used: how many of the rows.
+        shares: what is left of each row's step, `[rows]` float32; used where steps decay.
+        scale: what is left of the kernel as it was rewritten, float32; used there, too.
+        drifted: how far the kernel went along its drift, float32; used where it has one.
+    """
+
+    inputs: tf.Tensor
+    slopes: tf.Tensor
+    used: tf.Tensor
+    shares: tf.Tensor
+    scale: tf.Tensor
+    drifted: tf.Tensor
+
+
+@dataclass(frozen=True)
+class Correction:
+    """The gradient that steps are taken along, of one kernel.
+
+    ```
+    g <- gradient * g + weight * w + origin * w_global + sum_j factor_j * array_j
+    ```
+
+    Attributes:
+        gradient: factor of the loss's own gradient.
+        weight: factor of the kernel.
+        origin: factor of the global kernel.
+        constant: other arrays, which no step changes, and their factors.
+    """
+
+    gradient: float = 1.0
+    weight: float = 0.0
+    origin: float = 0.0
+    constant: tuple[tuple[tf.Variable, float], ...] = ()
+
+    def drifts(self, *, begins_there: bool) -> bool:
+        """Whether it has a part that no step changes, for a client that begins from `w_global`."""
+        return bool(self.constant or (self.origin and not begins_there))
+
+
+def correction_of(
+    place: int,
+    weights: Sequence[tf.Variable],
+    origins: Sequence[tf.Variable],
+    weight_decay: float,
+    correct_gradients: Correct,
+) -> Correction | None:
+    """Return how the gradient of `weights[place]` is corrected, if by a sum of arrays like it.
+
+    Args:
+        place: of the kernel.
+        weights: the model's.
+        origins: the global weights.
+        weight_decay: what is added to gradients of the weights, before they are corrected.
+        correct_gradients: given sums of names for gradients and variables, returns such as well.
+    """
+    given = [Linear({n: 1.0, w.ref(): weight_decay}) for n, w in enumerate(weights)]
+    try:
+        corrected = correct_gradients(given, lambda arrays: [Linear.of(a.ref()) for a in arrays])
+        factors = {name: its for name, its in corrected[place].factors.items() if its}
+    except (AttributeError, TypeError, ValueError):  # more than plain arithmetic
+        return None
+    names = place, weights[place].ref(), origins[place].ref()
+    gradient, weight, origin = (factors.pop(name, 0.0) for name in names)
+    if any(name in factors for n, w in enumerate(weights) for name in (n, w.ref())):
+        return None  # another weight's, which change as well
+    constant = tuple((name.deref(), factor) for name, factor in factors.items())
+    if any(array.shape != weights[place].shape for array, _ in constant):
+        return None
+    return Correction(gradient, weight, origin, constant)
+
+
+class Deferred:
+    """Steps of SGD on a large dense kernel `w`, taken several at a time.
+
+    A step's gradient is the product of two thin matrices, the batch's inputs and slopes:
+
+    ```
+    w_t = w_0 + x^T s            x = inputs, s = -rate * slopes, of the rows seen since w_0
+    b w_t = b w_0 + (b x^T) s    b = the next batch
+    ```
+
+    So the inputs and slopes are kept, a few hundred rows, and `w` is rewritten once they are many:
+    one long product instead of a thin product and three passes over the memory every step. Products
+    read copies of it: in their precision, and, of one that no cache holds, transposed for the way
+    in which it is read sooner so. Where only the update is wanted and all steps were kept, `x^T s`
+    is the update, and `w` is not rewritten at all.
+
+    A gradient that is corrected by a sum is deferred as well. The kernel in that sum lets all that
+    was there decay, and what no step changes is a drift `d` that is gone along:
+
+    ```
+    w_t = scale * w_0 + x^T (shares * s) + drifted * d
+    scale <- scale - rate * weight * scale                  the global kernel counts as `w_0` while
+    shares <- shares - rate * weight * shares               they are the same, as drift afterwards
+    drifted <- drifted - rate * (weight * drifted + 1)
+    ```
+
+    Args:
+        layer: the dense layer.
+        batch_size: rows that a step adds at most.
+        steps: as many batches are kept.
+        rate: the learning rate.
+        correction: of its gradients.
+        origin: the global kernel.
+        begins_there: whether the kernel is the global one at `begin`.
+        only_update: whether nobody asks for the kernel after the last step, but for how far it is
+            from the first.
+    """
+
+    def __init__(
+        self,
+        layer: keras.layers.Dense,
+        batch_size: int,
+        steps: int,
+        rate: float,
+        correction: Correction,
+        origin: tf.Variable,
+        *,
+        begins_there: bool,
+        only_update: bool,
+    ) -> None:
+        self.kernel: tf.Variable = layer.kernel.value
+        self._rate, self._batch_size, self._rows = rate, batch_size, steps * batch_size
+        self._correction, self._origin, self._begins_there = correction, origin, begins_there
+        self._dtype = tf.as_dtype(layer.compute_dtype)
+        self._copy = tf.Variable(tf.cast(self.kernel, self._dtype), trainable=False)
+        self._forth, self._back = (self._copy, False), (self._copy, True)  # True: is transposed
+        self._transposed = None
+        if layer.kernel.shape.num_elements() >= _HUGE:
+            # With twenty rows, oneDNN's products in half precision take half the time if the matrix
+            # is to be transposed; those in single precision take more.
+            self._transposed = tf.Variable(tf.transpose(self._copy), trainable=False)
+            if self._dtype == self.kernel.dtype:
+                self._back = self._transposed, False
+            else:
+                self._forth = self._transposed, True
+        self._are_first = tf.Variable(False, trainable=False)  # copies of the kernel at `begin`
+        self._drifts_at_once = correction.drifts(begins_there=begins_there)
+        self._drift = self._drift_copy = None
+        if self._drifts_at_once or correction.origin:
+            self._drift = self._drift_copy = tf.Variable(tf.zeros_like(origin), trainable=False)
+            if self._dtype != self.kernel.dtype:
+                self._drift_copy = tf.Variable(tf.zeros_like(self._copy), trainable=False)
+        self._is_corrected = bool(correction.weight) or self._drift is not None
+        self._update = None
+        only_rows = not self._drifts_at_once and correction.weight + correction.origin == 0
+        if only_update and only_rows:
+            self._update = tf.Variable(tf.zeros_like(self._copy), trainable=False)
+
+    @staticmethod
+    def steps(layer: keras.layers.Layer, batch_size: int, *, drifts: bool = False) -> int:
+        """Return how many steps to defer for the least work, 0 for none.
+
+        With every step kept, the products with what is kept grow; with every step taken, the kernel
+        is rewritten. The constants are measured; they decide about speed only.
+
+        Args:
+            layer: any layer.
+            batch_size: rows that a step adds at most.
+            drifts: whether each product needs a second one, with the drift.
+        """
+        if not isinstance(layer, keras.layers.Dense):
+            return 0
+        inputs, outputs = layer.kernel.shape
+        if inputs * outputs < (_HUGE if drifts else _LARGE):
+            return 0
+        steps = int((_KEPT * inputs * outputs / (inputs + outputs)) ** 0.5) // batch_size
+        return steps if steps >= _FEWEST else 0
+
+    @property
+    def kept_specs(self) -> Kept:
+        """What is kept: shapes and types."""
+        inputs, outputs = self.kernel.shape
+        return Kept(
+            tf.TensorSpec([self._rows, inputs], self._dtype),
+            tf.TensorSpec([self._rows, outputs], self._dtype),
+            tf.TensorSpec([], tf.int32),
+            tf.TensorSpec([self._rows], tf.float32),
+            tf.TensorSpec([], tf.float32),
+            tf.TensorSpec([], tf.float32),
+        )
+
+    def forget(self) -> None:
+        """Take note that the next client starts from another kernel than the last one did."""
+        self._are_first.assign(False)
+
+    def begin(self) -> Kept:
+        """Start from the kernel as it is; no step is kept."""
+        tf.cond(self._are_first, lambda: True, lambda: self._make_copies(first=True))
+        if self._drifts_at_once:
+            self._make_drift(first=True)
+        inputs, slopes = (
+            tf.raw_ops.Empty(shape=[self._rows, width], dtype=self._dtype)
+            for width in self.kernel.shape
+        )
+        return Kept(inputs, slopes, *self._none_kept())
+
+    def product(self, x: tf.Tensor, kept: Kept) -> tf.Tensor:
+        """Return `x` times the kernel with all its steps taken."""
+        used = kept.used
+        inputs, slopes = kept.inputs[:used], kept.slopes[:used]
+        motion = [kept.shares[:used], kept.scale] if self._is_corrected else []
+        if self._drift_copy is not None:
+            drifts = tf.constant(True) if self._drifts_at_once else ~self._are_first.read_value()
+            motion += [kept.drifted, drifts, self._drift_copy]
+        forth, transposed = self._forth
+        product = _through(x, forth, transposed, inputs, slopes, motion)
+        back, transposed = self._back
+        its = [product, x, back, tf.constant(transposed), inputs, slopes, *motion]
+        graph = tf.compat.v1.get_default_graph()
+        with graph.gradient_override_map({"IdentityN": _DEFERRED}):
+            return tf.raw_ops.IdentityN(input=its)[0]
+
+    def step(self, x: tf.Tensor, slope: tf.Tensor, kept: Kept) -> Kept:
+        """Keep the step along `x^T slope`."""
+        rate, correction = self._rate, self._correction
+        after = kept.used + tf.shape(x)[0]
+        rows = tf.range(kept.used, after)
+        scaled = tf.cast(-rate * correction.gradient * tf.cast(slope, tf.float32), slope.dtype)
+        # Variables would be copied at every change, as long as somebody reads another row.
+        inputs = tf.raw_ops.InplaceUpdate(x=kept.inputs, i=rows, v=x)
+        slopes = tf.raw_ops.InplaceUpdate(x=kept.slopes, i=rows, v=scaled)
+        shares, scale, drifted = kept.shares, kept.scale, kept.drifted
+        if self._is_corrected:
+            old = tf.range(self._rows) < kept.used
+            shares = tf.where(old, (1 - rate * correction.weight) * shares, 1.0)
+            at_origin = tf.cast(self._are_first, tf.float32) if self._begins_there else 0.0
+            scale -= rate * (correction.weight * scale + correction.origin * at_origin)
+            drifted -= rate * (correction.weight * drifted + 1)
+        kept = Kept(inputs, slopes, after, shares, scale, drifted)
+        full = after > self._rows - self._batch_size
+        return Kept(inputs, slopes, *tf.cond(full, lambda: self.take(kept), lambda: kept[2:]))
+
+    def take(self, kept: Kept) -> tuple[tf.Tensor, ...]:
+        """Take the steps that are kept and return what is kept besides rows, if there are none."""
+        self._rewrite(kept)
+        self._make_copies(first=False)
+        self._make_drift(first=False)
+        return self._none_kept()
+
+    def end(self, kept: Kept) -> None:
+        """Take the steps that are kept, the last ones: `update` is there, or the kernel."""
+        update = self._update
+        if update is None:
+            self._rewrite(kept)
+            return
+
+        def leave_update() -> bool:
+            update.assign(self._moved(kept))
+            return True
+
+        tf.cond(self._are_first, leave_update, lambda: self._rewrite(kept))
+
+    @property
+    def update(self) -> tf.Variable | None:
+        """The last kernel less the first; None if the kernel itself was rewritten."""
+        return self._update if self._are_first else None
+
+    def _none_kept(self) -> tuple[tf.Tensor, ...]:
+        return tf.constant(0), tf.ones([self._rows]), tf.constant(1.0), tf.constant(0.0)
+
+    def _moved(self, kept: Kept) -> tf.Tensor:
+        """Return how far a kernel is moved by the rows that are kept."""
+        inputs, slopes = kept.inputs[: kept.used], kept.slopes[: kept.used]
+        if self._is_corrected:
+            slopes = _scaled(slopes, kept.shares[: kept.used, tf.newaxis])
+        return tf.matmul(inputs, slopes, transpose_a=True)
+
+    def _rewrite(self, kept: Kept) -> bool:
+        """Move the kernel; return something, as a branch has to."""
+        kernel = self.kernel.read_value()
+        moved = tf.cast(self._moved(kept), kernel.dtype)
+        if self._correction.weight or self._correction.origin:
+            kernel *= kept.scale
+        # Not in place: a client's kernel begins as the global one, which would be copied first.
+        self.kernel.assign(kernel + moved)
+
+        def along_drift() -> bool:
+            tf.raw_ops.ResourceApplyGradientDescent(
+                var=self.kernel.handle, alpha=-kept.drifted, delta=self._drift
+            )
+            return True
+
+        if self._drifts_at_once:
+            along_drift()
+        elif self._drift is not None:
+            tf.cond(self._are_first, lambda: True, along_drift)
+        return True
+
+    def _make_copies(self, *, first: bool) -> bool:
+        """Copy the kernel as it is; return something, too."""
+        self._copy.assign(tf.cast(self.kernel, self._dtype))
+        if self._transposed is not None:
+            self._transposed.assign(tf.transpose(self._copy))
+        self._are_first.assign(first)
+        return True
+
+    def _make_drift(self, *, first: bool) -> None:
+        """Add up what no step changes, for the kernel as it was just copied."""
+        if self._drift is None:
+            return
+        terms = list(self._correction.constant)
+        if self._correction.origin and not (first and self._begins_there):
+            terms.append((self._origin, self._correction.origin))
+        self._drift.assign(_sum(terms))
+        if self._drift_copy is not None and self._drift_copy is not self._drift:
+            self._drift_copy.assign(tf.cast(self._drift, self._dtype))
+
+
+@tf.RegisterGradient(_DEFERRED)  # type: ignore[untyped-decorator]
+def _deferred_gradients(its: tf.Operation, slopes: tf.Tensor, *_: None) -> list[tf.Tensor | None]:
+    _, _, back, transposed, kept_inputs, kept_slopes, *motion = its.inputs
+    transposed = bool(tf.get_static_value(transposed))
+    along_x = _through(slopes, back, transposed, kept_slopes, kept_inputs, motion, back=True)
+    return [None, along_x, *[None for _ in its.inputs[2:]]]
+
+
+def _through(
+    x: tf.Tensor,
+    kernel: tf.Tensor,
+    transposed: bool,
+    first: tf.Tensor,
+    second: tf.Tensor,
+    motion: Sequence[tf.Tensor],
+    *,
+    back: bool = False,
+) -> tf.Tensor:
+    """Return `x` times `scale * kernel + first^T (shares * second) + drifted * drift`."""
+    product, along = times(x, kernel, transposed=transposed), times(x, first, transposed=True)
+    if motion:
+        shares, scale, *motion = motion
+        product, along = _scaled(product, scale), _scaled(along, shares)
+    product += times(along, second)
+    if motion:
+        drifted, drifts, drift = motion
+
+        def with_drift() -> tf.Tensor:
+            return product + _scaled(times(x, drift, transposed=back), drifted)
+
+        if tf.get_static_value(drifts):
+            return with_drift()
+        return tf.cond(drifts, with_drift, lambda: product)
+    return product
+
+
+def _scaled(x: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+    """Return `x` times float32 numbers, rounded once."""
+    return tf.cast(tf.cast(x, tf.float32) * factor, x.dtype)
+
+
+def _sum(terms: Sequence[tuple[tf.Variable, float]]) -> tf.Tensor:
+    """Return the sum of arrays, each times its factor, with as few passes as it takes."""
+    (array, factor), *others = sorted(terms, key=lambda term: -term[1])
+    total = array.read_value() if factor == 1 else factor * array
+    for array, factor in others:
+        if factor == -1:
+            total -= array
+        else:
+            total += array if factor == 1 else factor * array
+    return total
+
+
+def times(x: tf.Tensor, matrix: tf.Tensor, *, transposed: bool = False) -> tf.Tensor:
+    """Return `x` times `matrix`, or its transpose: that as a batched product, which is faster."""
+    if not transposed:
+        return tf.matmul(x, matrix)
+    return tf.squeeze(
+        tf.matmul(tf.expand_dims(x, 0), tf.expand_dims(matrix, 0), transpose_b=True), 0
+    )
