@@ -114,10 +114,6 @@ class LocalTraining:
         return type(self._strategy).begin is Strategy.begin
 
     @property
-    def _all_deferred(self) -> list[Deferred]:
-        return [*self._deferred, *self._personal_deferred]
-
-    @property
     def _trains_personal(self) -> bool:
         """Whether clients train a second model of their own."""
         ours = type(self._strategy).correct_personal_gradients
@@ -133,7 +129,7 @@ class LocalTraining:
         shared = [self._global_weights, *self._state.values()]
         for variables, part in zip(shared, np.split(vector, len(shared)), strict=True):
             _assign(variables, unflatten(part, self.shapes))
-        for each in self._all_deferred:
+        for each in self._deferred:
             each.forget()
 
     @property
@@ -154,9 +150,6 @@ class LocalTraining:
 
     def load_memory(self, vector: NDArray[np.float32] | None) -> None:
         """Take `vector` as what the next client remembers, None for a client that is new."""
-        changed = self._personal_deferred if self._begins_globally else self._all_deferred
-        for each in changed:
-            each.forget()
         if vector is None:
             fresh = self._strategy.new_memory(self._initial)
             for name, variables in self._memory.items():
@@ -402,25 +395,20 @@ class LocalTraining:
         for layer in self.model.layers:
             if not Deferred.steps(layer, local.batch_size):
                 continue
-            place = [id(weight) for weight in self._weights].index(id(layer.kernel.value))
             correction = correction_of(
-                place, self._weights, self._global_weights, local.weight_decay, correct_gradients
+                [id(weight) for weight in self._weights].index(id(layer.kernel.value)),
+                self._weights,
+                self._global_weights,
+                local.weight_decay,
+                correct_gradients,
+                begins_there=begins_globally,
             )
-            drifts = correction is not None and correction.drifts(begins_there=begins_globally)
+            drifts = correction is not None and correction.drifts
             steps = Deferred.steps(layer, local.batch_size, drifts=drifts)
             if correction is not None and steps:
-                origin, rate = self._global_weights[place], local.learning_rate
+                size, rate = local.batch_size, local.learning_rate
                 found.append(
-                    Deferred(
-                        layer,
-                        local.batch_size,
-                        steps,
-                        rate,
-                        correction,
-                        origin,
-                        begins_there=begins_globally,
-                        only_update=only_update,
-                    )
+                    Deferred(layer, size, steps, rate, correction, only_update=only_update)
                 )
         return found
 

@@ -9,9 +9,10 @@ import tensorflow as tf
 
 from femfed.linear import Linear
 
-_LARGE = 3 * 2**19  # weights: smaller kernels live in the cache, where rewriting them costs little
-_HUGE = 2**22  # weights: smaller kernels stay in some cache between a step's products
-_FEWEST = 3  # steps; to keep fewer costs more than it saves
+_LARGE = 2**20  # weights: smaller kernels live in the cache, where rewriting them costs little
+_HUGE = 2**22  # weights: smaller ones stay in some cache between products, so that a copy gains
+# nothing, nor does a second product instead of rewriting them
+_FEWEST_STEPS, _FEWEST_ROWS = 3, 200  # to keep fewer saves less than it costs
 _KEPT = 128  # how much a rewritten kernel costs, in products with what is kept instead
 _DEFERRED = "FemfedDeferred"  # name of its gradient
 
@@ -29,9 +30,9 @@ class Kept(NamedTuple):
         inputs: of the kernel's layer, `[rows, inputs]`.
         slopes: of the loss along its outputs, times what a step takes of them, `[rows, outputs]`.
         used: how many of the rows.
-        shares: what is left of each row's step, `[rows]` float32; used where steps decay.
-        scale: what is left of the kernel as it was rewritten, float32; used there, too.
-        drifted: how far the kernel went along its drift, float32; used where it has one.
+        shares: what is left of each row's step, `[rows]` float32.
+        scale: what is left of the kernel as it was rewritten, float32.
+        drifted: how far the kernel went along its drift, float32.
     """
 
     inputs: tf.Tensor
@@ -55,48 +56,66 @@ class Correction:
         weight: factor of the kernel.
         origin: factor of the global kernel.
         constant: other arrays, which no step changes, and their factors.
+        global_kernel: the global kernel.
+        begins_there: whether that is where clients begin.
     """
 
-    gradient: float = 1.0
-    weight: float = 0.0
-    origin: float = 0.0
-    constant: tuple[tuple[tf.Variable, float], ...] = ()
+    gradient: float
+    weight: float
+    origin: float
+    constant: tuple[tuple[tf.Variable, float], ...]
+    global_kernel: tf.Variable
+    begins_there: bool
 
-    def drifts(self, *, begins_there: bool) -> bool:
-        """Whether it has a part that no step changes, for a client that begins from `w_global`."""
-        return bool(self.constant or (self.origin and not begins_there))
+    @property
+    def drifts(self) -> bool:
+        """Whether it has a part that no step changes, from the first step on."""
+        return bool(self.constant or (self.origin and not self.begins_there))
 
 
 def correction_of(
     place: int,
     weights: Sequence[tf.Variable],
-    origins: Sequence[tf.Variable],
+    global_weights: Sequence[tf.Variable],
     weight_decay: float,
     correct_gradients: Correct,
+    *,
+    begins_there: bool,
 ) -> Correction | None:
     """Return how the gradient of `weights[place]` is corrected, if by a sum of arrays like it.
+
+    None also if another gradient is corrected by it or by its weight, which are not at hand then.
 
     Args:
         place: of the kernel.
         weights: the model's.
-        origins: the global weights.
+        global_weights: those the round began with.
         weight_decay: what is added to gradients of the weights, before they are corrected.
         correct_gradients: given sums of names for gradients and variables, returns such as well.
+        begins_there: whether clients begin from the global weights.
     """
     given = [Linear({n: 1.0, w.ref(): weight_decay}) for n, w in enumerate(weights)]
     try:
         corrected = correct_gradients(given, lambda arrays: [Linear.of(a.ref()) for a in arrays])
-        factors = {name: its for name, its in corrected[place].factors.items() if its}
-    except (AttributeError, TypeError, ValueError):  # more than plain arithmetic
+        sums = [{name: f for name, f in each.factors.items() if f} for each in corrected]
+        factors = sums[place]
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return None  # more than plain arithmetic
+    changing = [{n, w.ref()} for n, w in enumerate(weights)]
+    if any(
+        sums[one].keys() & changing[other]
+        for one in range(len(sums))
+        for other in range(len(weights))
+        if one != other and place in (one, other)
+    ):
         return None
-    names = place, weights[place].ref(), origins[place].ref()
+    names = place, weights[place].ref(), global_weights[place].ref()
     gradient, weight, origin = (factors.pop(name, 0.0) for name in names)
-    if any(name in factors for n, w in enumerate(weights) for name in (n, w.ref())):
-        return None  # another weight's, which change as well
     constant = tuple((name.deref(), factor) for name, factor in factors.items())
     if any(array.shape != weights[place].shape for array, _ in constant):
         return None
-    return Correction(gradient, weight, origin, constant)
+    kernel = global_weights[place]
+    return Correction(gradient, weight, origin, constant, kernel, begins_there)
 
 
 class Deferred:
@@ -105,25 +124,30 @@ class Deferred:
     A step's gradient is the product of two thin matrices, the batch's inputs and slopes:
 
     ```
-    w_t = w_0 + x^T s            x = inputs, s = -rate * slopes, of the rows seen since w_0
+    w_t = w_0 + x^T s            x = inputs, s = -rate * gradient * slopes, of the rows since w_0
     b w_t = b w_0 + (b x^T) s    b = the next batch
     ```
 
     So the inputs and slopes are kept, a few hundred rows, and `w` is rewritten once they are many:
     one long product instead of a thin product and three passes over the memory every step. Products
-    read copies of it: in their precision, and, of one that no cache holds, transposed for the way
-    in which it is read sooner so. Where only the update is wanted and all steps were kept, `x^T s`
+    read copies of it: in their precision, and, if no cache holds it, transposed for the direction
+    that is faster so. Where only the update is wanted and all steps were kept, `x^T s`
     is the update, and `w` is not rewritten at all.
 
-    A gradient that is corrected by a sum is deferred as well. The kernel in that sum lets all that
-    was there decay, and what no step changes is a drift `d` that is gone along:
+    A gradient that is corrected by a sum (`Correction`, whose factors these are) is no obstacle.
+    Where the kernel itself is in the sum, all that was there decays; what no step changes adds up
+    to a drift `d`, a second matrix to multiply with:
 
     ```
     w_t = scale * w_0 + x^T (shares * s) + drifted * d
-    scale <- scale - rate * weight * scale                  the global kernel counts as `w_0` while
-    shares <- shares - rate * weight * shares               they are the same, as drift afterwards
+    scale <- scale - rate * (weight * scale + origin)
+    shares <- shares - rate * weight * shares
     drifted <- drifted - rate * (weight * drifted + 1)
+    d = sum_j factor_j * array_j
     ```
+
+    That is while `w_0` is the global kernel. Otherwise, and once `w` was rewritten, the global
+    kernel is part of the drift, `d + origin * w_global`, and not of `scale`.
 
     Args:
         layer: the dense layer.
@@ -131,8 +155,6 @@ class Deferred:
         steps: as many batches are kept.
         rate: the learning rate.
         correction: of its gradients.
-        origin: the global kernel.
-        begins_there: whether the kernel is the global one at `begin`.
         only_update: whether nobody asks for the kernel after the last step, but for how far it is
             from the first.
     """
@@ -144,14 +166,12 @@ class Deferred:
         steps: int,
         rate: float,
         correction: Correction,
-        origin: tf.Variable,
         *,
-        begins_there: bool,
         only_update: bool,
     ) -> None:
         self.kernel: tf.Variable = layer.kernel.value
         self._rate, self._batch_size, self._rows = rate, batch_size, steps * batch_size
-        self._correction, self._origin, self._begins_there = correction, origin, begins_there
+        self._correction = correction
         self._dtype = tf.as_dtype(layer.compute_dtype)
         self._copy = tf.Variable(tf.cast(self.kernel, self._dtype), trainable=False)
         self._forth, self._back = (self._copy, False), (self._copy, True)  # True: is transposed
@@ -165,15 +185,16 @@ class Deferred:
             else:
                 self._forth = self._transposed, True
         self._are_first = tf.Variable(False, trainable=False)  # copies of the kernel at `begin`
-        self._drifts_at_once = correction.drifts(begins_there=begins_there)
-        self._drift = self._drift_copy = None
-        if self._drifts_at_once or correction.origin:
-            self._drift = self._drift_copy = tf.Variable(tf.zeros_like(origin), trainable=False)
+        self._drift = None
+        if correction.drifts or correction.origin:
+            self._drift = tf.Variable(tf.zeros_like(self.kernel), trainable=False)
+            self._drift_copy = self._drift
             if self._dtype != self.kernel.dtype:
                 self._drift_copy = tf.Variable(tf.zeros_like(self._copy), trainable=False)
-        self._is_corrected = bool(correction.weight) or self._drift is not None
+        self._decays = bool(correction.weight or correction.origin)
+        self._is_corrected = self._decays or self._drift is not None
         self._update = None
-        only_rows = not self._drifts_at_once and correction.weight + correction.origin == 0
+        only_rows = not correction.drifts and correction.weight + correction.origin == 0
         if only_update and only_rows:
             self._update = tf.Variable(tf.zeros_like(self._copy), trainable=False)
 
@@ -187,15 +208,16 @@ class Deferred:
         Args:
             layer: any layer.
             batch_size: rows that a step adds at most.
-            drifts: whether each product needs a second one, with the drift.
+            drifts: whether each product takes a second one, with the drift.
         """
         if not isinstance(layer, keras.layers.Dense):
             return 0
         inputs, outputs = layer.kernel.shape
         if inputs * outputs < (_HUGE if drifts else _LARGE):
             return 0
-        steps = int((_KEPT * inputs * outputs / (inputs + outputs)) ** 0.5) // batch_size
-        return steps if steps >= _FEWEST else 0
+        rows = int((_KEPT * inputs * outputs / (inputs + outputs)) ** 0.5)
+        steps = rows // batch_size
+        return steps if rows >= _FEWEST_ROWS and steps >= _FEWEST_STEPS else 0
 
     @property
     def kept_specs(self) -> Kept:
@@ -211,13 +233,16 @@ class Deferred:
         )
 
     def forget(self) -> None:
-        """Take note that the next client starts from another kernel than the last one did."""
+        """Take note that the global kernel is another one than the last client's."""
         self._are_first.assign(False)
 
     def begin(self) -> Kept:
         """Start from the kernel as it is; no step is kept."""
-        tf.cond(self._are_first, lambda: True, lambda: self._make_copies(first=True))
-        if self._drifts_at_once:
+        if self._correction.begins_there:
+            tf.cond(self._are_first, lambda: True, lambda: self._make_copies(first=True))
+        else:
+            self._make_copies(first=True)
+        if self._correction.drifts:
             self._make_drift(first=True)
         inputs, slopes = (
             tf.raw_ops.Empty(shape=[self._rows, width], dtype=self._dtype)
@@ -230,8 +255,8 @@ class Deferred:
         used = kept.used
         inputs, slopes = kept.inputs[:used], kept.slopes[:used]
         motion = [kept.shares[:used], kept.scale] if self._is_corrected else []
-        if self._drift_copy is not None:
-            drifts = tf.constant(True) if self._drifts_at_once else ~self._are_first.read_value()
+        if self._drift is not None:
+            drifts = tf.constant(True) if self._correction.drifts else ~self._are_first.read_value()
             motion += [kept.drifted, drifts, self._drift_copy]
         forth, transposed = self._forth
         product = _through(x, forth, transposed, inputs, slopes, motion)
@@ -254,7 +279,7 @@ class Deferred:
         if self._is_corrected:
             old = tf.range(self._rows) < kept.used
             shares = tf.where(old, (1 - rate * correction.weight) * shares, 1.0)
-            at_origin = tf.cast(self._are_first, tf.float32) if self._begins_there else 0.0
+            at_origin = tf.cast(self._are_first, tf.float32) if correction.begins_there else 0.0
             scale -= rate * (correction.weight * scale + correction.origin * at_origin)
             drifted -= rate * (correction.weight * drifted + 1)
         kept = Kept(inputs, slopes, after, shares, scale, drifted)
@@ -292,7 +317,7 @@ class Deferred:
     def _moved(self, kept: Kept) -> tf.Tensor:
         """Return how far a kernel is moved by the rows that are kept."""
         inputs, slopes = kept.inputs[: kept.used], kept.slopes[: kept.used]
-        if self._is_corrected:
+        if self._decays:
             slopes = _scaled(slopes, kept.shares[: kept.used, tf.newaxis])
         return tf.matmul(inputs, slopes, transpose_a=True)
 
@@ -300,7 +325,7 @@ class Deferred:
         """Move the kernel; return something, as a branch has to."""
         kernel = self.kernel.read_value()
         moved = tf.cast(self._moved(kept), kernel.dtype)
-        if self._correction.weight or self._correction.origin:
+        if self._decays:
             kernel *= kept.scale
         # Not in place: a client's kernel begins as the global one, which would be copied first.
         self.kernel.assign(kernel + moved)
@@ -311,7 +336,7 @@ class Deferred:
             )
             return True
 
-        if self._drifts_at_once:
+        if self._correction.drifts:
             along_drift()
         elif self._drift is not None:
             tf.cond(self._are_first, lambda: True, along_drift)
@@ -329,11 +354,12 @@ class Deferred:
         """Add up what no step changes, for the kernel as it was just copied."""
         if self._drift is None:
             return
-        terms = list(self._correction.constant)
-        if self._correction.origin and not (first and self._begins_there):
-            terms.append((self._origin, self._correction.origin))
+        correction = self._correction
+        terms = list(correction.constant)
+        if correction.origin and not (first and correction.begins_there):
+            terms.append((correction.global_kernel, correction.origin))
         self._drift.assign(_sum(terms))
-        if self._drift_copy is not None and self._drift_copy is not self._drift:
+        if self._drift_copy is not self._drift:
             self._drift_copy.assign(tf.cast(self._drift, self._dtype))
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Linear:
     """A sum of named arrays, each times a factor.
 

@@ -35,6 +35,7 @@ SLOW = replace(PLAIN, learning_rate=0.03)
 LOGISTIC, TWO_LAYERS = Dense(True, ()), Dense(True, (200, 200))
 WIDE = Dense(True, (2048,))  # its first kernel is large enough to defer 13 steps of twenty images
 HUGE = PooledCNN(True, 1400)  # its kernel has a transposed copy
+DEEP = Dense(True, (2048, 2048))  # the second kernel as well, and slopes pass through it
 SIZES = (1, 19, 20, 21, 60)  # below, at and above a batch, and several batches
 
 
@@ -124,7 +125,7 @@ def test_writers_of_every_size_share_one_trace() -> None:
     assert training._evaluate.experimental_get_tracing_count() == 1
 
 
-@pytest.mark.parametrize("name", ["fedavg", "ditto", "mime_lite", "fine_tuning"])
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "ditto", "mime_lite", "fine_tuning"])
 def test_a_model_that_is_gone_leaves_no_graph(name: str) -> None:
     """A sweep's workers build one after the other."""
 
@@ -135,7 +136,7 @@ def test_a_model_that_is_gone_leaves_no_graph(name: str) -> None:
     writer = a_writer(45, held_out=5)
     forget()
     before = graphs()
-    training = make(PLAIN, WIDE, strategy)
+    training = make(PLAIN, DEEP, strategy)
     training.load_memory(None)
     training.train(writer, 3, 8)
     training.evaluate(writer, writer.test)
@@ -233,108 +234,134 @@ def test_linear_finds_the_factors_of_a_sum() -> None:
 
 
 @dataclass(frozen=True)
-class Clipping(Strategy):
-    """Corrects gradients by more than a sum."""
+class By(Strategy):
+    """Corrects gradients by a function of them, of the weights and of what is remembered."""
 
-    def correct_gradients(self, gradients: Sequence[Any], *_: Any) -> Sequence[Any]:
-        return [g / (1.0 + (g**2) ** 0.5) for g in gradients]
+    rule: Callable[[Sequence[Any], Sequence[Any], dict[str, Any]], Sequence[Any]]
 
-
-@dataclass(frozen=True)
-class Squaring(Strategy):
-    def correct_gradients(self, gradients: Sequence[Any], *_: Any) -> Sequence[Any]:
-        return [g * g for g in gradients]
-
-
-@dataclass(frozen=True)
-class Mixing(Strategy):
-    """Has one weight follow another one's gradient."""
-
-    def correct_gradients(self, gradients: Sequence[Any], *_: Any) -> Sequence[Any]:
-        return [gradients[0] + gradients[0], *gradients[1:-1], gradients[-1] + gradients[-1]][::-1]
-
-
-@dataclass(frozen=True)
-class Following(Strategy):
-    """Pulls one weight towards another of its shape, which changes as well."""
+    def new_memory(self, weights: list[np.ndarray]) -> dict[str, list[np.ndarray]]:
+        return {"bias": [weights[1].copy()]}
 
     def correct_gradients(
-        self, gradients: Sequence[Any], weights: Sequence[Any], *_: Any
+        self,
+        gradients: Sequence[Any],
+        weights: Sequence[Any],
+        global_weights: Sequence[Any],
+        memory: dict[str, Any],
+        state: dict[str, Any],
     ) -> Sequence[Any]:
-        return [g + 0.1 * weights[-1] for g in gradients]
+        return self.rule(gradients, weights, memory)
+
+
+def kernels(training: LocalTraining) -> list[int]:
+    """The places among the weights of kernels whose steps are deferred."""
+    places = [id(weight) for weight in training._weights]
+    return [places.index(id(each.kernel)) for each in training._deferred]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda g, w, m: [each * each for each in g],  # TypeError
+        lambda g, w, m: [each / tf.norm(each) for each in g],  # ValueError
+        lambda g, w, m: [each * each.shape[0] for each in g],  # AttributeError
+        lambda g, w, m: [each + m["bias"][0] for each in g],  # not of its shape
+        lambda g, w, m: [g[2], *g[1:]],
+    ],
+)
+def test_no_step_is_deferred_along_what_is_no_sum_of_like_arrays(rule: Any) -> None:
+    assert not make(PLAIN, WIDE, By(rule))._deferred
+
+
+@pytest.mark.parametrize(
+    ("rule", "deferred"),
+    [
+        (lambda g, w, m: g, [0, 2, 4]),
+        (lambda g, w, m: [*g[:2], g[2] + w[4], *g[3:]], [0]),
+        (lambda g, w, m: [*g[:4], g[4] - 0.5 * g[2], *g[5:]], [0]),
+        (lambda g, w, m: [*g[:4], g[4] - 0.0 * g[2], *g[5:]], [0, 2, 4]),
+    ],
+)
+def test_no_step_is_deferred_that_another_kernel_depends_on(rule: Any, deferred: list[int]) -> None:
+    """Neither its gradient nor the kernel are at hand at every step then."""
+    assert kernels(make(PLAIN, Dense(True, (2048, 2048, 2048)), By(rule))) == deferred
 
 
 @pytest.mark.parametrize(
     ("local", "strategy", "model"),
     [
-        (PLAIN, Clipping(), WIDE),
-        (PLAIN, Squaring(), WIDE),
-        (PLAIN, Mixing(), WIDE),
-        (PLAIN, Following(), WIDE),
-        (PLAIN, FedRep(personal_arrays=2, head_share=0.5), HUGE),
-        (replace(PLAIN, momentum=0.5), FedAvg(), WIDE),
+        (PLAIN, FedRep(personal_arrays=2, head_share=0.5), DEEP),  # in phases
+        (replace(PLAIN, momentum=0.5), FedAvg(), DEEP),
         (replace(PLAIN, batch_size=100), FedAvg(), WIDE),  # as much work kept as taken
         (PLAIN, FedAvg(), CNN(True, 0.25, 0.5)),  # thin
-        (PLAIN, Scaffold(1.0, "uniform"), WIDE),  # one more product is too much for this one
+        (PLAIN, Scaffold(1.0, "uniform"), WIDE),  # a second product costs more
     ],
 )
-def test_no_step_is_deferred_that_somebody_has_to_see_or_that_would_gain_nothing(
+def test_no_step_is_deferred_where_it_cannot_be_or_does_not_pay(
     local: Local, strategy: Strategy, model: Model
 ) -> None:
     assert not make(local, model, strategy)._deferred
 
 
-# 45 rows are kept, of 360 most are taken on the way: then a ReLU on the edge may go either way.
-@pytest.mark.parametrize(("epochs", "bound"), [(1, 2e-4), (8, 5e-3)])
+def test_fedprox_sends_what_is_kept() -> None:
+    training = make(PLAIN, DEEP, FedProx(0.1))
+
+    training.train(a_writer(45), 1, 0)
+
+    assert kernels(training) == [0, 2]
+    assert all(each.update is not None for each in training._deferred)
+
+
+@pytest.mark.parametrize("epochs", [1, 9])  # 45 rows are kept, of 405 most are taken on the way
 @pytest.mark.parametrize(
-    ("strategy", "decay"),
+    ("strategy", "decay", "count"),
     [
-        pytest.param(FedAvg(), 0.1, id="decay"),
-        pytest.param(FedProx(0.5), 0.0, id="fedprox"),
-        pytest.param(FedProx(0.5), 0.1, id="fedprox-decay"),
-        pytest.param(Scaffold(1.0, "uniform"), 0.0, id="scaffold"),
-        pytest.param(FedDyn(0.3, "uniform"), 0.0, id="feddyn"),
-        pytest.param(MimeLite(1.0, 0.9, "uniform"), 0.0, id="mime_lite"),
-        pytest.param(Ditto(0.4), 0.0, id="ditto"),
+        pytest.param(FedAvg(), 0.0, 2, id="fedavg"),
+        pytest.param(FedAvg(), 0.1, 2, id="decay"),
+        pytest.param(FedProx(0.5), 0.0, 2, id="fedprox"),
+        pytest.param(FedProx(0.5), 0.1, 2, id="fedprox-decay"),
+        pytest.param(Scaffold(1.0, "uniform"), 0.0, 1, id="scaffold"),
+        pytest.param(FedDyn(0.3, "uniform"), 0.0, 1, id="feddyn"),
+        pytest.param(MimeLite(1.0, 0.9, "uniform"), 0.0, 1, id="mime_lite"),
+        pytest.param(Ditto(0.4), 0.0, 3, id="ditto"),
     ],
 )
-def test_deferred_steps_along_corrected_gradients_equal_steps_one_by_one(
+def test_deferred_steps_equal_steps_one_by_one(
     strategy: Strategy,
     decay: float,
+    count: int,
     epochs: int,
-    bound: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     local = replace(PLAIN, epochs=epochs, learning_rate=0.009, weight_decay=decay)
-    draw = np.random.default_rng(1)
-    model = Dense(True, (5400,))
-    noise = [0.002 * draw.standard_normal(4_600_000, np.float32) for _ in range(3)]
+    draw = np.random.default_rng(0)
+    noise = [0.002 * draw.standard_normal(6_000_000, np.float32) for _ in range(3)]
 
-    def trained(precision: str) -> list[np.ndarray]:
+    def trained(precision: str, deferred: int) -> list[np.ndarray]:
         """Return update and memory of a client that was trained between others."""
-        training = make(local, model, strategy, precision)
+        training = make(local, DEEP, strategy, precision)
+        assert len([*training._deferred, *training._personal_deferred]) == deferred
         n, start = training.parameters, flatten(training.initial_weights)
         broadcast = [noise[1][:n] for _ in strategy.broadcasts]
         training.load(np.concatenate([start + noise[0][:n], *broadcast]))
         came_to = []
-        for client in (3, 4, 3):
+        for client, examples in ((3, 45), (4, 20), (5, 0), (3, 45)):
             if strategy.remembers:
                 its = noise[2][client : client + n]
                 training.load_memory(start + its if isinstance(strategy, Ditto) else its)
-            update = delta_after(training, a_writer(45 if client == 3 else 20), 2, client)
+            update = delta_after(training, a_writer(examples), 2, client)
             came_to.append([update, np.concatenate([update[:0], *training.memory()])])
-        assert all(np.array_equal(*both) for both in zip(came_to[0], came_to[2], strict=True))
-        assert bool(training._deferred) == deferred
+        assert all(np.array_equal(*both) for both in zip(came_to[0], came_to[3], strict=True))
+        assert not came_to[2][0].any()
         return came_to[0]
 
-    deferred = True
-    ours, ours_in_half = trained("float32"), trained("bfloat16")
+    ours, ours_in_half = trained("float32", count), trained("bfloat16", count)
     monkeypatch.setattr(Deferred, "steps", lambda *_, **__: 0)
-    deferred = False
-    plain, plain_in_half = trained("float32"), trained("bfloat16")
+    plain, plain_in_half = trained("float32", 0), trained("bfloat16", 0)
 
     for exact, its, half, its_half in zip(plain, ours, plain_in_half, ours_in_half, strict=True):
-        assert np.linalg.norm(its - exact) <= bound * np.linalg.norm(exact)
+        # 2e-5, and 2e-3 where a ReLU is so near to its edge that rounding decides.
+        assert np.linalg.norm(its - exact) <= 5e-3 * np.linalg.norm(exact)
         assert np.linalg.norm(its_half - exact) <= 1.25 * np.linalg.norm(half - exact)
 
 

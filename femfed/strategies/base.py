@@ -171,8 +171,9 @@ class Strategy:
     ) -> Sequence[Any]:
         """Return the gradients a client steps along, at every local step.
 
-        A gradient plus arrays of its shape, each times a number, costs little more than the
-        gradient: a large kernel need not be rewritten at every step then.
+        Called with names as well (`femfed.linear`), so it depends on its arguments only. If a large
+        kernel's gradient becomes a sum of itself and arrays like it, each times a number, the
+        kernel need not be rewritten at every step.
 
         Args:
             gradients: of the mean loss over the batch, one per weight.

@@ -31,8 +31,8 @@ class Scaffold(Strategy):
     step keeps its `c_i`.
 
     All control variates start at zero: with `weighting=examples` and `server_learning_rate=1` the
-    first round is FedAvg to rounding (bit for bit where no dense kernel has more than one and a
-    half million weights). With `weighting=uniform`, which is the paper's, `c` is the mean of the
+    first round is FedAvg to rounding (bit for bit where no dense kernel has more than a million
+    weights). With `weighting=uniform`, which is the paper's, `c` is the mean of the
     `c_i` of all clients at all times, and the run goes to the minimum of the clients' mean loss.
     With `weighting=examples` images count alike instead of clients; `c` is then the weighted mean
     only as far as every round's clients hold their share of all images. (The code published with
