@@ -10,8 +10,9 @@ import tensorflow as tf
 from femfed.linear import Linear
 
 _LARGE = 2**20  # weights: smaller kernels live in the cache, where rewriting them costs little
-_HUGE = 2**22  # weights: smaller ones stay in some cache between products, so that a copy gains
-# nothing, nor does a second product instead of rewriting them
+# Weights: smaller kernels stay in some cache, where neither a transposed copy pays nor a second
+# product, with a drift, instead of rewriting them.
+_HUGE = 2**22
 _FEWEST_STEPS, _FEWEST_ROWS = 3, 200  # to keep fewer saves less than it costs
 _KEPT = 128  # how much a rewritten kernel costs, in products with what is kept instead
 _DEFERRED = "FemfedDeferred"  # name of its gradient

@@ -8,6 +8,7 @@ new ones for a model a client cost more than what is written there.
 """
 
 import contextlib
+import mmap
 import os
 import shutil
 from collections.abc import Sequence
@@ -76,9 +77,9 @@ class Memories:
                 raise ValueError(
                     f"{path} holds {left} bytes of {dtype} {shape}; expected a vector of float32"
                 )
-            vector = _aligned(left // 4)
-            file.readinto(vector.data)
-        return vector
+            # Not read: TensorFlow works in the system's pages of the file, which stays as it is.
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            return np.frombuffer(pages, np.float32, offset=file.tell())
 
     def versions(self, clients: int, finished: int) -> NDArray[np.int64]:
         """Return each client's newest round up to `finished`, 0 where there is none."""
@@ -140,10 +141,3 @@ class Memories:
     def _kept(self) -> list[tuple[int, int]]:
         names = [path.stem.split("_") for path in self._folder.glob("client_*.npy")]
         return [(int(client), int(round)) for _, client, _, round in names]
-
-
-def _aligned(size: int) -> Vector:
-    """Return a vector in whose memory TensorFlow can work, so that nobody has to copy it."""
-    space = np.empty(size + 16, np.float32)
-    start = -space.ctypes.data % 64 // 4
-    return space[start : start + size]
