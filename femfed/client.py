@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from femfed import UserError, keep_freed_memory
 from femfed.data.store import Rows, Writer
-from femfed.deferred import Correct, Deferred, Kept, KnownAs, correction_of
+from femfed.deferred import Correct, Deferred, Kept, KnownAs, corrections_of
 from femfed.forward import Dropouts, drops, forward
 from femfed.local import GRID, LARGEST_SUM, DivergedError, Local, unflatten
 from femfed.models import Model
@@ -360,15 +360,16 @@ class LocalTraining:
         return self._compiled_step(self._personal_deferred, self._personally_corrected)
 
     def _corrected(self, gradients: Sequence[Any], known_as: KnownAs = list) -> Sequence[Any]:
-        """Return the shared model's gradients as the strategy corrects them.
+        """Return what the shared model steps along: gradients, decayed and corrected.
 
         Args:
             gradients: one per weight.
             known_as: what the strategy is shown for variables: themselves, or their names.
         """
+        weights = known_as(self._weights)
         return self._strategy.correct_gradients(
-            gradients,
-            known_as(self._weights),
+            self._decayed(gradients, weights),
+            weights,
             known_as(self._global_weights),
             {name: known_as(variables) for name, variables in self._memory.items()},
             {name: known_as(variables) for name, variables in self._state.items()},
@@ -377,10 +378,17 @@ class LocalTraining:
     def _personally_corrected(
         self, gradients: Sequence[Any], known_as: KnownAs = list
     ) -> Sequence[Any]:
-        """Return the personal model's gradients as the strategy corrects them."""
+        """Return what the personal model steps along, likewise."""
+        weights = known_as(self._weights)
         return self._strategy.correct_personal_gradients(
-            gradients, known_as(self._weights), known_as(self._global_weights)
+            self._decayed(gradients, weights), weights, known_as(self._global_weights)
         )
+
+    def _decayed(self, gradients: Sequence[Any], weights: Sequence[Any]) -> Sequence[Any]:
+        decay = self._local.weight_decay
+        if not decay:
+            return gradients
+        return [g + decay * w for g, w in zip(gradients, weights, strict=True)]
 
     def _defer(
         self, correct_gradients: Correct, *, begins_globally: bool, only_update: bool
@@ -392,21 +400,16 @@ class LocalTraining:
         local, found = self._local, list[Deferred]()
         if local.momentum or self._strategy.phases(len(self._weights)):
             return found
+        corrections = corrections_of(
+            correct_gradients, self._weights, self._global_weights, begins_there=begins_globally
+        )
+        by_weight = dict(zip(map(id, self._weights), corrections, strict=True))
         for layer in self.model.layers:
-            if not Deferred.steps(layer, local.batch_size):
+            correction = by_weight[id(layer.kernel.value)] if layer.weights else None
+            if correction is None:
                 continue
-            correction = correction_of(
-                [id(weight) for weight in self._weights].index(id(layer.kernel.value)),
-                self._weights,
-                self._global_weights,
-                local.weight_decay,
-                correct_gradients,
-                begins_there=begins_globally,
-            )
-            drifts = correction is not None and correction.drifts
-            steps = Deferred.steps(layer, local.batch_size, drifts=drifts)
-            if correction is not None and steps:
-                size, rate = local.batch_size, local.learning_rate
+            size, rate = local.batch_size, local.learning_rate
+            if steps := Deferred.steps(layer, size, drifts=correction.drifts):
                 found.append(
                     Deferred(layer, size, steps, rate, correction, only_update=only_update)
                 )
@@ -484,8 +487,6 @@ class LocalTraining:
             tf.zeros_like(w) if is_later else g  # never computed, nor what is made of it
             for g, w, is_later in zip(gradients, self._weights, later, strict=True)
         ]
-        if local.weight_decay:
-            given = [g + local.weight_decay * w for g, w in zip(given, self._weights, strict=True)]
         steps_along = [
             None if is_later else along
             for along, is_later in zip(correct_gradients(given), later, strict=True)

@@ -74,49 +74,53 @@ class Correction:
         return bool(self.constant or (self.origin and not self.begins_there))
 
 
-def correction_of(
-    place: int,
+def corrections_of(
+    correct_gradients: Correct,
     weights: Sequence[tf.Variable],
     global_weights: Sequence[tf.Variable],
-    weight_decay: float,
-    correct_gradients: Correct,
     *,
     begins_there: bool,
-) -> Correction | None:
-    """Return how the gradient of `weights[place]` is corrected, if by a sum of arrays like it.
+) -> list[Correction | None]:
+    """Return how each weight's gradient is corrected, if by a sum of arrays like it.
 
-    None also if another gradient is corrected by it or by its weight, which are not at hand then.
+    None also where another gradient is corrected by it or by its weight, which are not at hand if
+    steps are deferred.
 
     Args:
-        place: of the kernel.
+        correct_gradients: given names for gradients and variables, returns sums of them.
         weights: the model's.
         global_weights: those the round began with.
-        weight_decay: what is added to gradients of the weights, before they are corrected.
-        correct_gradients: given sums of names for gradients and variables, returns such as well.
         begins_there: whether clients begin from the global weights.
     """
-    given = [Linear({n: 1.0, w.ref(): weight_decay}) for n, w in enumerate(weights)]
     try:
-        corrected = correct_gradients(given, lambda arrays: [Linear.of(a.ref()) for a in arrays])
-        sums = [{name: f for name, f in each.factors.items() if f} for each in corrected]
-        factors = sums[place]
+        corrected = correct_gradients(
+            [Linear.of(place) for place, _ in enumerate(weights)],
+            lambda arrays: [Linear.of(array.ref()) for array in arrays],
+        )
+        sums = [
+            {name: factor for name, factor in its.factors.items() if factor}
+            for its, _ in zip(corrected, weights, strict=True)
+        ]
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        return None  # more than plain arithmetic
-    changing = [{n, w.ref()} for n, w in enumerate(weights)]
-    if any(
-        sums[one].keys() & changing[other]
-        for one in range(len(sums))
-        for other in range(len(weights))
-        if one != other and place in (one, other)
-    ):
-        return None
-    names = place, weights[place].ref(), global_weights[place].ref()
-    gradient, weight, origin = (factors.pop(name, 0.0) for name in names)
-    constant = tuple((name.deref(), factor) for name, factor in factors.items())
-    if any(array.shape != weights[place].shape for array, _ in constant):
-        return None
-    kernel = global_weights[place]
-    return Correction(gradient, weight, origin, constant, kernel, begins_there)
+        return [None for _ in weights]  # more than plain arithmetic
+    changing = [{place, weight.ref()} for place, weight in enumerate(weights)]
+    found = list[Correction | None]()
+    for place, (weight, origin) in enumerate(zip(weights, global_weights, strict=True)):
+        others = [other for other, _ in enumerate(weights) if other != place]
+        if any(
+            sums[place].keys() & changing[other] or sums[other].keys() & changing[place]
+            for other in others
+        ):
+            found.append(None)
+            continue
+        factors = dict(sums[place])
+        names = place, weight.ref(), origin.ref()
+        own, kernel, global_kernel = (factors.pop(name, 0.0) for name in names)
+        constant = tuple((name.deref(), factor) for name, factor in factors.items())
+        alike = all(array.shape == weight.shape for array, _ in constant)
+        correction = Correction(own, kernel, global_kernel, constant, origin, begins_there)
+        found.append(correction if alike else None)
+    return found
 
 
 class Deferred:

@@ -242,14 +242,8 @@ class By(Strategy):
     def new_memory(self, weights: list[np.ndarray]) -> dict[str, list[np.ndarray]]:
         return {"bias": [weights[1].copy()]}
 
-    def correct_gradients(
-        self,
-        gradients: Sequence[Any],
-        weights: Sequence[Any],
-        global_weights: Sequence[Any],
-        memory: dict[str, Any],
-        state: dict[str, Any],
-    ) -> Sequence[Any]:
+    def correct_gradients(self, *given: Any) -> Sequence[Any]:
+        gradients, weights, _, memory, _ = given
         return self.rule(gradients, weights, memory)
 
 

@@ -24,8 +24,8 @@ class MimeLite(Strategy):
     It is the paper's Mime without the control variate, with momentum as the optimizer to mimic.
     `m` starts at zero, so that the first steps are short by `1 - beta`. `beta=0` is FedAvg with
     the same `weighting` if `server_learning_rate=1`, to rounding (bit for bit where no dense
-    kernel has more than a million weights). Client momentum (`local.momentum`) would come on top
-    and is none of this.
+    kernel has more than a million weights). Client momentum
+    (`local.momentum`) would come on top and is none of this.
 
     The paper writes plain means over clients; FedJAX and TensorFlow Federated weigh by examples,
     and their SGD adds up `m <- beta * m + gradient` without the factor `1 - beta`: the same as

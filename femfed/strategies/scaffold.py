@@ -32,11 +32,11 @@ class Scaffold(Strategy):
 
     All control variates start at zero: with `weighting=examples` and `server_learning_rate=1` the
     first round is FedAvg to rounding (bit for bit where no dense kernel has more than a million
-    weights). With `weighting=uniform`, which is the paper's, `c` is the mean of the
-    `c_i` of all clients at all times, and the run goes to the minimum of the clients' mean loss.
-    With `weighting=examples` images count alike instead of clients; `c` is then the weighted mean
-    only as far as every round's clients hold their share of all images. (The code published with
-    FedDyn corrects this by each client's share, which a client here cannot know.)
+    weights). With `weighting=uniform`, which is the paper's, `c` is the
+    mean of the `c_i` of all clients at all times, and the run goes to the minimum of the clients'
+    mean loss. With `weighting=examples` images count alike instead of clients; `c` is then the
+    weighted mean only as far as every round's clients hold their share of all images. (The code
+    published with FedDyn corrects this by each client's share, which a client here cannot know.)
 
     Source: S. P. Karimireddy, S. Kale, M. Mohri, S. J. Reddi, S. U. Stich, A. T. Suresh,
     "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020,
