@@ -27,6 +27,7 @@ MODELS: dict[str, Model] = {
 }
 LOCAL = Local(epochs=1, batch_size=20, learning_rate=0.01, momentum=0.0, weight_decay=0.0)
 EXAMPLES = 180  # images a client: nine batches of twenty
+REMEMBERED = 30  # memories that the floor keeps; those of hundreds would take the files' place
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -91,7 +92,8 @@ def floor(job: Job) -> Iterator[Callable[[], float]]:
 
     One single-threaded process per worker loops over its share of the cohort with the same compiled
     epoch and adds up what clients would send in the graph; nothing is sent anywhere, and what
-    clients remember is kept in memory. A strategy that pools its clients' images has one process.
+    clients remember is kept in memory, by `REMEMBERED` of them in turn. A strategy that pools its
+    clients' images has one process.
     """
     context = multiprocessing.get_context("spawn")
     count = 1 if job.strategy.pools else min(job.workers, job.schedule.clients_per_round)
@@ -160,10 +162,10 @@ def _train_again_and_again(job: Job, place: int, count: int, barrier: Barrier) -
         barrier.wait()
         for client, writer in zip(mine, writers, strict=True):
             if strategy.remembers:
-                training.load_memory(memories.get(client))
+                training.load_memory(memories.get(client % REMEMBERED))
             outcome = training.train(writer, round, client)
             if strategy.remembers:
-                memories[client] = np.concatenate(training.memory())
+                memories[client % REMEMBERED] = np.concatenate(training.memory())
             if strategy.sums:
                 fold(tf.constant(float(outcome.examples)))
         barrier.wait()

@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -148,6 +149,7 @@ def main() -> None:
                 work = job(store, MODELS[model], clients, rounds, strategy=strategy)
                 work = replace(work, memory=store.folder / f"memory_{name}")
                 seconds, floors, own = measure(engine, work, bare)
+                shutil.rmtree(work.memory, ignore_errors=True)  # some GB, where clients are many
                 shares = trains_as_fedavg(strategy) and strategy.averages
                 line = (
                     f"{model:<10} {clients:>7}  {name:<21}  {np.median(floors):>7.3f}  "

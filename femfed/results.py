@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from femfed import UserError, checkpoint
 from femfed.data.store import WriterStore
 from femfed.engine.federation import Federation
 from femfed.engine.memory import Memories
+from femfed.engine.room import forget_peak, peak_memory
 from femfed.engine.rounds import Round, client_rows, row, writer_rows
 from femfed.report.events import Events
 from femfed.report.files import RunFiles
@@ -51,6 +51,7 @@ class Results:
         self._last: Round | None = None
         self._synced = 0  # the last round whose memories are on the disk
         self._rounds = 0
+        forget_peak()
 
     def rewind(self, rounds: int) -> checkpoint.Checkpoint | None:
         """Take the folder back to its newest sound checkpoint; None if there is none.
@@ -141,7 +142,6 @@ class Results:
         plot_writers(self._folder, title)
         self._seconds["total"] += time.perf_counter() - self._started
         overhead = 2 * self._seconds["total"] - sum(self._seconds.values())
-        own_peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self._files.write_summary(
             {
                 **about,
@@ -150,7 +150,7 @@ class Results:
                 "test_accuracy": final["test_accuracy"],
                 "unseen_accuracy": final["unseen_accuracy"],
                 "seconds": {**self._seconds, "overhead": overhead},
-                "peak_memory_mb": (own_peak + workers_peak) / 1e6,
+                "peak_memory_mb": (peak_memory() + workers_peak) / 1e6,
                 "versions": {"python": platform.python_version(), **self._versions},
             }
         )

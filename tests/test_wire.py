@@ -322,7 +322,7 @@ def fallback(tmp_path: Path) -> Path:
 
 
 def test_a_shared_folder_is_removed_afterwards(memory: Path, fallback: Path) -> None:
-    with shared_folder(fallback, 100) as shared:
+    with shared_folder(fallback, 100, 0) as shared:
         assert shared.path.parent == memory
         assert shared.path.name.startswith("femfed-")
         assert shared.path.stat().st_mode & 0o077 == 0  # nobody else's
@@ -332,21 +332,23 @@ def test_a_shared_folder_is_removed_afterwards(memory: Path, fallback: Path) -> 
 
 
 def test_a_shared_folder_is_removed_whatever_happens(memory: Path, fallback: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), shared_folder(fallback, 100) as shared:
+    with pytest.raises(KeyboardInterrupt), shared_folder(fallback, 100, 0) as shared:
         (shared.path / "weights").write_bytes(b"1234")
         raise KeyboardInterrupt
 
     assert list(memory.iterdir()) == []
 
 
-@pytest.mark.parametrize("reason", ["too small", "not there"])
+@pytest.mark.parametrize("reason", ["too small", "not there", "needed for others"])
 def test_without_shared_memory_the_run_folder_serves(
     memory: Path, fallback: Path, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
     if reason == "not there":
         monkeypatch.setattr("femfed.engine.wire.SHARED_MEMORY", memory / "not there")
 
-    with shared_folder(fallback, 2**60 if reason == "too small" else 1) as shared:
+    size = 2**60 if reason == "too small" else 1
+    others = 2**60 if reason == "needed for others" else 0
+    with shared_folder(fallback, size, others) as shared:
         assert shared.path.parent == fallback
 
     assert list(memory.iterdir()) == list(fallback.iterdir()) == []
@@ -360,7 +362,7 @@ def test_folders_that_nobody_locks_are_removed(memory: Path, fallback: Path) -> 
         (folder / "weights").write_bytes(b"1234")
     (left / "lock").touch()
 
-    with shared_folder(fallback, 100) as live, shared_folder(fallback, 100):
+    with shared_folder(fallback, 100, 0) as live, shared_folder(fallback, 100, 0):
         assert live.path.is_dir()
 
     assert sorted(path.name for path in memory.iterdir()) == ["femfed-no-lock", "other"]

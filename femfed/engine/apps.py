@@ -9,7 +9,6 @@ import functools
 import itertools
 import json
 import os
-import resource
 import threading
 import time
 import traceback
@@ -31,6 +30,7 @@ from femfed import RunError, UserError, light_imports
 from femfed.data.store import Writer, WriterStore
 from femfed.engine.federation import Federation, Writers
 from femfed.engine.memory import Memories
+from femfed.engine.room import forget_peak, peak_memory, worker_memory
 from femfed.engine.rounds import Round, Schedule, Trained, run_rounds
 from femfed.engine.wire import (
     NOBODY,
@@ -165,6 +165,7 @@ def _telling(handler: Handler) -> Handler:
 def ready(message: Message, context: Context) -> Message:
     """Build the worker before the first round; tell which process and which node this is."""
     task = _task(message)
+    forget_peak()
     worker = _worker(task["spec"])
     reply = _reply(message, context, {})
     if task["asks_weights"]:
@@ -277,8 +278,11 @@ def _evaluated(worker: Worker, writer: Writer, index: int, client: int, version:
 
 
 def _reply(message: Message, context: Context, columns: dict[str, Any]) -> Message:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
-    about = {"partition": context.node_config["partition-id"], "pid": os.getpid(), "peak": peak}
+    about = {
+        "partition": context.node_config["partition-id"],
+        "pid": os.getpid(),
+        "peak": peak_memory(),
+    }
     return Message(RecordDict({"outcome": ConfigRecord({**about, **columns})}), reply_to=message)
 
 
@@ -443,8 +447,8 @@ class GridWorkers:
 
     @property
     def peak_memory(self) -> int:
-        """Sum of the workers' peak resident memory in bytes."""
-        return 1024 * sum(self._peaks.values())
+        """Sum of the workers' peak resident memory in bytes, this process's own left out."""
+        return sum(peak for pid, peak in self._peaks.items() if pid != os.getpid())
 
     def start(self, weights: Weights | None, finished: int) -> Weights:
         """Have every worker build its model, and learn which node is served when.
@@ -744,7 +748,12 @@ def travelling(run: Run, fallback: Path) -> Iterator[Path | None]:
     if run.job.by_value:
         yield None
         return
-    with shared_folder(fallback, run.shared_bytes) as shared:
+    processes = run.job.workers + 1
+    others = processes * worker_memory(run.job.model.parameters)
+    with shared_folder(fallback, run.shared_bytes, others) as shared:
+        if shared.path.parent == fallback:
+            gibibytes = run.shared_bytes / 2**30
+            run.on_status(f"weights and updates, {gibibytes:.1f} GiB, do not fit in shared memory")
         yield shared.path
 
 

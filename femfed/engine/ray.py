@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from femfed import Stopped, UserError, keep_freed_memory, light_imports, outlast, stop
 from femfed.engine.folders import OwnedFolder
+from femfed.engine.room import available_memory, worker_memory
 
 if TYPE_CHECKING:
     from femfed.engine.apps import Run
 
 RESTARTS = 3  # of the engine in a row without a finished round in between
-WORKER_MEMORY = 700 * 2**20  # bytes of a worker without a model: TensorFlow, Flower, Ray
-PARAMETER_MEMORY = 48  # bytes a weight: weights, global weights, gradients, sums, activations
 PREFIX = "femfed-ray-"  # of Ray's folder
 WORKERS = ("ray::", "default_worker.py")  # in the command line of a worker
 PATIENCE = 4  # seconds that a stopped run may write
@@ -192,9 +191,9 @@ class _Flower:
 
 
 def _check_memory(workers: int, parameters: int) -> None:
-    each = WORKER_MEMORY + PARAMETER_MEMORY * parameters
-    available = _available_memory()
-    fit = max(0, (available - each) // each)  # the driver takes less than a worker
+    each = worker_memory(parameters)
+    available = available_memory()
+    fit = max(0, available // each - 1)  # and the driver
     if workers > fit:
         raise UserError(
             f"{workers} workers need about {(workers + 1) * each / 2**30:.1f} GiB of memory, of "
@@ -202,21 +201,6 @@ def _check_memory(workers: int, parameters: int) -> None:
             f"engine.workers={max(1, fit)}"
             + ("" if fit else ", or engine=inline, which needs one process only")
         )
-
-
-def _available_memory() -> int:
-    """Return the bytes that this machine, or the group of processes this is in, has to give."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            group = Path("/sys/fs/cgroup")
-            left = int((group / limit).read_text()) - int((group / used).read_text())
-            available = min(available, left)
-    return available
 
 
 def _import() -> None:

@@ -25,6 +25,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from femfed import UserError
 from femfed.engine.folders import OwnedFolder
+from femfed.engine.room import available_memory
 from femfed.local import flatten
 from femfed.strategies.base import pieces
 
@@ -71,16 +72,19 @@ def to_json(**parts: Any) -> str:
     return json.dumps(parts, sort_keys=True)
 
 
-def shared_folder(fallback: Path, size: int) -> OwnedFolder:
+def shared_folder(fallback: Path, size: int, others: int) -> OwnedFolder:
     """Return the run's own folder for what travels by reference.
 
     Args:
-        fallback: folder to make it in where shared memory is absent or too small.
+        fallback: folder to make it in where shared memory is absent or too small, or where so much
+            in it would leave too little memory for the others.
         size: bytes that will be needed at most.
+        others: bytes of memory that the run needs besides.
     """
-    roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > size
-    usable = roomy and os.access(SHARED_MEMORY, os.W_OK)
-    return OwnedFolder(SHARED_MEMORY if usable else fallback, PREFIX)
+    usable = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
+    roomy = usable and shutil.disk_usage(SHARED_MEMORY).free > size
+    fits = roomy and available_memory() > size + others  # it need not be full to be too much
+    return OwnedFolder(SHARED_MEMORY if fits else fallback, PREFIX)
 
 
 def left_by_the_dead(folder: Path) -> list[int]:
