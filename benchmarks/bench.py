@@ -27,7 +27,7 @@ MODELS: dict[str, Model] = {
 }
 LOCAL = Local(epochs=1, batch_size=20, learning_rate=0.01, momentum=0.0, weight_decay=0.0)
 EXAMPLES = 180  # images a client: nine batches of twenty
-REMEMBERED = 30  # memories that the floor keeps; those of hundreds would take the files' place
+REMEMBERED = 30  # memories that the floor keeps; those of hundreds would push out files' pages
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -160,12 +160,13 @@ def _train_again_and_again(job: Job, place: int, count: int, barrier: Barrier) -
     while True:
         round += 1
         barrier.wait()
-        for client, writer in zip(mine, writers, strict=True):
+        for order, (client, writer) in enumerate(zip(mine, writers, strict=True)):
+            memory = order % max(1, REMEMBERED // count)
             if strategy.remembers:
-                training.load_memory(memories.get(client % REMEMBERED))
+                training.load_memory(memories.get(memory))
             outcome = training.train(writer, round, client)
             if strategy.remembers:
-                memories[client % REMEMBERED] = np.concatenate(training.memory())
+                memories[memory] = np.concatenate(training.memory())
             if strategy.sums:
                 fold(tf.constant(float(outcome.examples)))
         barrier.wait()

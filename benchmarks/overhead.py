@@ -11,10 +11,11 @@ strategy), round (femfed on Flower's Ray-backed engine), and their ratio round b
 round is run right after every round, so that both see the same machine. `round/own floor` is the
 engine's share, and `=` where clients compute as FedAvg's do and the server is given their mean. If
 they compute something else, a second model, say, one more floor computes just that, with what they
-remember kept in memory; if the server is given every update, as robust rules are, what it makes of
-them by itself is added to the floor. The last columns are the pattern of Flower's TensorFlow
-quickstart in the same run, a model built and fitted for every client message: with Flower's default
-of two CPUs a client, and with one CPU and one thread each, which suits it better on few cores.
+remember kept in memory (by thirty, in turn); if the server is given every update, as robust rules
+are, what it makes of them by itself is added to the floor. The last columns are the pattern of
+Flower's TensorFlow quickstart in the same run, a model built and fitted for every client message:
+with Flower's default of two CPUs a client, and with one CPU and one thread each, which suits it
+better on few cores.
 """
 
 import argparse

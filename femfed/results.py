@@ -9,8 +9,8 @@ from typing import Any
 from femfed import UserError, checkpoint
 from femfed.data.store import WriterStore
 from femfed.engine.federation import Federation
+from femfed.engine.footprint import forget_peak, peak_memory
 from femfed.engine.memory import Memories
-from femfed.engine.room import forget_peak, peak_memory
 from femfed.engine.rounds import Round, client_rows, row, writer_rows
 from femfed.report.events import Events
 from femfed.report.files import RunFiles

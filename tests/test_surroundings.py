@@ -904,11 +904,11 @@ def test_a_run_that_ends_takes_nothing_of_another(tmp_path: Path) -> None:
     """The folders that a run finds in shared memory: those of the dead go, those of others stay."""
     from femfed.engine.wire import shared_folder
 
-    with shared_folder(tmp_path, 1000, 0) as ours, shared_folder(tmp_path, 1000, 0) as theirs:
+    with shared_folder(tmp_path, 1000) as ours, shared_folder(tmp_path, 1000) as theirs:
         abandoned = ours.path.parent / f"femfed-abandoned-{os.getpid()}"
         abandoned.mkdir()
         (abandoned / "lock").touch()
-        with shared_folder(tmp_path, 1000, 0):
+        with shared_folder(tmp_path, 1000):
             pass
         assert not abandoned.exists()
         assert ours.path.exists()

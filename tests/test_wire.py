@@ -312,6 +312,7 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     memory = tmp_path / "memory"
     memory.mkdir()
     monkeypatch.setattr("femfed.engine.wire.SHARED_MEMORY", memory)
+    monkeypatch.setattr("femfed.engine.wire.available_memory", lambda: 2**62)
     return memory
 
 
@@ -322,7 +323,7 @@ def fallback(tmp_path: Path) -> Path:
 
 
 def test_a_shared_folder_is_removed_afterwards(memory: Path, fallback: Path) -> None:
-    with shared_folder(fallback, 100, 0) as shared:
+    with shared_folder(fallback, 100) as shared:
         assert shared.path.parent == memory
         assert shared.path.name.startswith("femfed-")
         assert shared.path.stat().st_mode & 0o077 == 0  # nobody else's
@@ -332,23 +333,23 @@ def test_a_shared_folder_is_removed_afterwards(memory: Path, fallback: Path) -> 
 
 
 def test_a_shared_folder_is_removed_whatever_happens(memory: Path, fallback: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), shared_folder(fallback, 100, 0) as shared:
+    with pytest.raises(KeyboardInterrupt), shared_folder(fallback, 100) as shared:
         (shared.path / "weights").write_bytes(b"1234")
         raise KeyboardInterrupt
 
     assert list(memory.iterdir()) == []
 
 
-@pytest.mark.parametrize("reason", ["too small", "not there", "needed for others"])
+@pytest.mark.parametrize("reason", ["too small", "not there", "half of what there is"])
 def test_without_shared_memory_the_run_folder_serves(
     memory: Path, fallback: Path, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
     if reason == "not there":
         monkeypatch.setattr("femfed.engine.wire.SHARED_MEMORY", memory / "not there")
 
-    size = 2**60 if reason == "too small" else 1
-    others = 2**60 if reason == "needed for others" else 0
-    with shared_folder(fallback, size, others) as shared:
+    if reason == "half of what there is":
+        monkeypatch.setattr("femfed.engine.wire.available_memory", lambda: 2)
+    with shared_folder(fallback, 2**60 if reason == "too small" else 1) as shared:
         assert shared.path.parent == fallback
 
     assert list(memory.iterdir()) == list(fallback.iterdir()) == []
@@ -356,13 +357,15 @@ def test_without_shared_memory_the_run_folder_serves(
 
 def test_folders_that_nobody_locks_are_removed(memory: Path, fallback: Path) -> None:
     """A lock goes with its process, however that ends."""
-    left = memory / "femfed-left"
-    for folder in (left, memory / "femfed-no-lock", memory / "other"):
+    left, elsewhere = memory / "femfed-left", fallback / "femfed-left"
+    for folder in (left, elsewhere, memory / "femfed-no-lock", memory / "other"):
         folder.mkdir()
         (folder / "weights").write_bytes(b"1234")
-    (left / "lock").touch()
+    for folder in (left, elsewhere):
+        (folder / "lock").touch()
 
-    with shared_folder(fallback, 100, 0) as live, shared_folder(fallback, 100, 0):
+    with shared_folder(fallback, 100) as live, shared_folder(fallback, 100):
         assert live.path.is_dir()
 
     assert sorted(path.name for path in memory.iterdir()) == ["femfed-no-lock", "other"]
+    assert list(fallback.iterdir()) == []

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from femfed import RunError, UserError, light_imports
 from femfed.data.store import Writer, WriterStore
 from femfed.engine.federation import Federation, Writers
+from femfed.engine.footprint import forget_peak, peak_memory
 from femfed.engine.memory import Memories
-from femfed.engine.room import forget_peak, peak_memory, worker_memory
 from femfed.engine.rounds import Round, Schedule, Trained, run_rounds
 from femfed.engine.wire import (
     NOBODY,
@@ -140,6 +140,7 @@ def _worker(spec: str) -> Worker:
 
             _workers.clear()
             forget()  # the last run's model goes before the next one comes
+        forget_peak()
         _workers[spec] = Worker(spec)
     return _workers[spec]
 
@@ -165,7 +166,6 @@ def _telling(handler: Handler) -> Handler:
 def ready(message: Message, context: Context) -> Message:
     """Build the worker before the first round; tell which process and which node this is."""
     task = _task(message)
-    forget_peak()
     worker = _worker(task["spec"])
     reply = _reply(message, context, {})
     if task["asks_weights"]:
@@ -687,7 +687,8 @@ class Run:
         on_clients: called with (clients done, clients of the cohort) during a round.
         on_status: called with what is going on before the first round or after a loss.
         finished: the last finished round.
-        peak_memory: sum of the workers' peak resident memory in bytes.
+        peak_memory: sum of the workers' peak resident memory in bytes, 0 if there is none but
+            this process.
         save_as: file for the final model, None to save none.
         saved: whether that is done.
         lost: how often a client's training ended its worker since the last finished round.
@@ -743,17 +744,18 @@ def travelling(run: Run, fallback: Path) -> Iterator[Path | None]:
 
     Args:
         run: what will travel.
-        fallback: folder to use where shared memory is absent or too small.
+        fallback: folder to use where there is too little shared memory.
     """
     if run.job.by_value:
         yield None
         return
-    processes = run.job.workers + 1
-    others = processes * worker_memory(run.job.model.parameters)
-    with shared_folder(fallback, run.shared_bytes, others) as shared:
+    with shared_folder(fallback, run.shared_bytes) as shared:
         if shared.path.parent == fallback:
-            gibibytes = run.shared_bytes / 2**30
-            run.on_status(f"weights and updates, {gibibytes:.1f} GiB, do not fit in shared memory")
+            size = run.shared_bytes / 2**20
+            run.on_status(
+                f"weights and updates, up to {size:.0f} MiB, travel through files in {fallback}: "
+                "too little shared memory"
+            )
         yield shared.path
 
 

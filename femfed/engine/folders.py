@@ -20,7 +20,7 @@ class OwnedFolder:
     """
 
     def __init__(self, place: Path, prefix: str) -> None:
-        _remove_abandoned(place, prefix)
+        remove_abandoned(place, prefix)
         hidden = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=place))
         self._lock = (hidden / LOCK).open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)  # before the folder has a name that others look for
@@ -36,7 +36,8 @@ class OwnedFolder:
             self._lock.close()
 
 
-def _remove_abandoned(place: Path, prefix: str) -> None:
+def remove_abandoned(place: Path, prefix: str) -> None:
+    """Remove the folders of dead processes in `place`."""
     for folder in place.glob(f"{prefix}*"):
         with contextlib.suppress(OSError), (folder / LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if a live process holds it

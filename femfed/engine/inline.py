@@ -99,7 +99,7 @@ class InlineEngine:
 
         Args:
             run: what to run.
-            folder: the run's folder, used where shared memory is absent.
+            folder: the run's folder, used where there is too little shared memory.
         """
         with travelling(run, folder) as shared:
             ends: list[BaseException | None] = []

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from femfed import Stopped, UserError, keep_freed_memory, light_imports, outlast, stop
 from femfed.engine.folders import OwnedFolder
-from femfed.engine.room import available_memory, worker_memory
+from femfed.engine.footprint import available_memory, worker_memory
 
 if TYPE_CHECKING:
     from femfed.engine.apps import Run
@@ -87,7 +87,7 @@ class RayEngine:
 
         Args:
             run: what to run.
-            folder: the run's folder, used where shared memory is absent.
+            folder: the run's folder, used where there is too little shared memory.
 
         Raises:
             Stopped: SIGINT or SIGTERM asked the run to stop.

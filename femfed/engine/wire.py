@@ -24,8 +24,8 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import DTypeLike, NDArray
 
 from femfed import UserError
-from femfed.engine.folders import OwnedFolder
-from femfed.engine.room import available_memory
+from femfed.engine.folders import OwnedFolder, remove_abandoned
+from femfed.engine.footprint import available_memory
 from femfed.local import flatten
 from femfed.strategies.base import pieces
 
@@ -72,18 +72,18 @@ def to_json(**parts: Any) -> str:
     return json.dumps(parts, sort_keys=True)
 
 
-def shared_folder(fallback: Path, size: int, others: int) -> OwnedFolder:
+def shared_folder(fallback: Path, size: int) -> OwnedFolder:
     """Return the run's own folder for what travels by reference.
 
     Args:
-        fallback: folder to make it in where shared memory is absent or too small, or where so much
-            in it would leave too little memory for the others.
+        fallback: folder to make it in where shared memory is absent, too small, or would take more
+            than half of the memory there is: workers need some, too.
         size: bytes that will be needed at most.
-        others: bytes of memory that the run needs besides.
     """
+    remove_abandoned(fallback, PREFIX)  # of a run that had less memory than now
     usable = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
     roomy = usable and shutil.disk_usage(SHARED_MEMORY).free > size
-    fits = roomy and available_memory() > size + others  # it need not be full to be too much
+    fits = roomy and available_memory() > 2 * size
     return OwnedFolder(SHARED_MEMORY if fits else fallback, PREFIX)
 
 

@@ -1,0 +1,50 @@
+"""How much memory there is, and how much of it a run takes."""
+
+import contextlib
+import re
+from pathlib import Path
+
+_GROUP = Path("/sys/fs/cgroup")
+_WORKER = 700 * 2**20  # bytes of a worker without a model: TensorFlow, Flower, Ray
+_PARAMETER = 48  # bytes a weight: weights, global weights, gradients, sums, activations
+
+
+def worker_memory(parameters: int) -> int:
+    """Return about the bytes that a worker needs for a model of so many weights."""
+    return _WORKER + _PARAMETER * parameters
+
+
+def available_memory() -> int:
+    """Return the bytes that this machine, or the group of processes this is in, has to give."""
+    available = 1024 * _number("MemAvailable:", Path("/proc/meminfo"))
+    for folder, limit, used in (
+        (_GROUP, "memory.max", "memory.current"),
+        (_GROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            left += _number("inactive_file", folder / "memory.stat")  # files' pages: given back
+            available = min(available, left)
+    return available
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process has held since `forget_peak`."""
+    return 1024 * _number("VmHWM:", Path("/proc/self/status"))
+
+
+def forget_peak() -> None:
+    """Have `peak_memory` begin from what this process holds now: a sweep's runs share processes.
+
+    Where the system refuses it, later runs' peaks include the earlier ones'.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _number(name: str, path: Path) -> int:
+    """Return what stands behind a name at the beginning of a line; ValueError if it is nowhere."""
+    found = re.search(rf"^{name}\s+(\d+)", path.read_text(), re.MULTILINE)
+    if found is None:
+        raise ValueError(f"{path} has no {name}")
+    return int(found[1])
