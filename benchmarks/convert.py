@@ -20,14 +20,15 @@ WRITERS, PER_SHARD = 3_597, 100
 PIXELS = [json.dumps(value / 255) for value in range(256)]
 
 CONVERT = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
 from femfed import config
+from femfed.engine.footprint import peak_memory
 cfg = config.compose(["dataset=leaf", f"dataset.path={sys.argv[1]}"])
 start = time.perf_counter()
 store = config.make(cfg.dataset, "dataset").convert(Path(sys.argv[2]), 0)
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = peak_memory() / 2**20
 print(f"{len(store):,} writers, {store.offsets[-1]:,} images")
 print(f"converted in {seconds:.1f} s, peak memory {peak:.0f} MiB")
 """

@@ -346,9 +346,9 @@ def test_without_shared_memory_the_run_folder_serves(
 ) -> None:
     if reason == "not there":
         monkeypatch.setattr("femfed.engine.wire.SHARED_MEMORY", memory / "not there")
-
     if reason == "half of what there is":
         monkeypatch.setattr("femfed.engine.wire.available_memory", lambda: 2)
+
     with shared_folder(fallback, 2**60 if reason == "too small" else 1) as shared:
         assert shared.path.parent == fallback
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from benchmarks.faults import family, kill
+from femfed.engine.footprint import peak_memory
 
 PATIENCE = 30  # seconds that a contestant has for an orderly end
 
@@ -104,7 +105,6 @@ def _line(pid: int) -> str:
 
 def _peak(pid: int) -> float:
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
+        return peak_memory(pid) / 2**20
+    except (OSError, ValueError):  # has ended
         return 0.0
-    return sum(int(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM"))

@@ -1,17 +1,10 @@
-"""How much memory there is, and how much of it a run takes."""
+"""How much memory there is, and how much of it processes take."""
 
 import contextlib
 import re
 from pathlib import Path
 
 _GROUP = Path("/sys/fs/cgroup")
-_WORKER = 700 * 2**20  # bytes of a worker without a model: TensorFlow, Flower, Ray
-_PARAMETER = 48  # bytes a weight: weights, global weights, gradients, sums, activations
-
-
-def worker_memory(parameters: int) -> int:
-    """Return about the bytes that a worker needs for a model of so many weights."""
-    return _WORKER + _PARAMETER * parameters
 
 
 def available_memory() -> int:
@@ -28,9 +21,14 @@ def available_memory() -> int:
     return available
 
 
-def peak_memory() -> int:
-    """Return the most bytes of memory that this process has held since `forget_peak`."""
-    return 1024 * _number("VmHWM:", Path("/proc/self/status"))
+def peak_memory(process: int | str = "self") -> int:
+    """Return the most bytes of memory that a process has held, this one since `forget_peak`.
+
+    Raises:
+        OSError: there is no such process.
+        ValueError: it has ended, or has no memory of its own.
+    """
+    return 1024 * _number("VmHWM:", Path(f"/proc/{process}/status"))
 
 
 def forget_peak() -> None:

@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from femfed import Stopped, UserError, keep_freed_memory, light_imports, outlast, stop
 from femfed.engine.folders import OwnedFolder
-from femfed.engine.footprint import available_memory, worker_memory
+from femfed.engine.footprint import available_memory
 
 if TYPE_CHECKING:
     from femfed.engine.apps import Run
 
 RESTARTS = 3  # of the engine in a row without a finished round in between
+WORKER_MEMORY = 700 * 2**20  # bytes of a worker without a model: TensorFlow, Flower, Ray
+PARAMETER_MEMORY = 48  # bytes a weight: weights, global weights, gradients, sums, activations
 PREFIX = "femfed-ray-"  # of Ray's folder
 WORKERS = ("ray::", "default_worker.py")  # in the command line of a worker
 PATIENCE = 4  # seconds that a stopped run may write
@@ -191,9 +193,9 @@ class _Flower:
 
 
 def _check_memory(workers: int, parameters: int) -> None:
-    each = worker_memory(parameters)
+    each = WORKER_MEMORY + PARAMETER_MEMORY * parameters
     available = available_memory()
-    fit = max(0, available // each - 1)  # and the driver
+    fit = max(0, (available - each) // each)  # the driver takes less than a worker
     if workers > fit:
         raise UserError(
             f"{workers} workers need about {(workers + 1) * each / 2**30:.1f} GiB of memory, of "
