@@ -7,8 +7,9 @@
 - cohort: 10 to 1,000 clients a round in turn: seconds a client, memory of all processes, and the
   workers' without the images, which are pages of a file that the workers share.
 - workers: 1 to as many as cores, in turn: the speed-up of a round of 100 beside the bare floor's.
-- long: 1,500 rounds of 10 clients with 20 images each: the memory of all processes and the round's
-  seconds, the last hundred rounds against those after the first fifty.
+- long: 1,500 rounds of 10 clients with 20 images each: the memory of all processes, and the round
+  beside the floor's, the last hundred rounds against those after the first fifty. Minutes differ by
+  more than a round may slow down, and a floor's round right after each takes that out.
 
 The model is the CNN with dropout; 180 images a client but for the last part.
 """
@@ -138,23 +139,30 @@ def workers(folder: Path, rounds: int) -> None:
 def long(folder: Path, _: int) -> None:
     """As many rounds as the Adaptive Federated Optimization paper ran."""
     work = job(equal_writers(folder, 10, examples=20), MODEL, 10, LENGTH + 1)
-    seconds: list[float] = []
+    windows = {WARM: range(WARM + 1, WARM + LAST + 1), LENGTH: range(LENGTH - LAST + 1, LENGTH + 1)}
+    seconds: dict[int, list[tuple[float, float]]] = {WARM: [], LENGTH: []}
     memories: dict[int, Memory] = {}
-    with RayEngine(CORES, False, MODEL.parameters) as engine:
+    with floor(work) as bare, RayEngine(CORES, False, MODEL.parameters) as engine:
 
         def on_round(finished: Round) -> None:
-            seconds.append(finished.seconds_train)
-            if finished.number in (WARM, LENGTH):
+            for mark, rounds in windows.items():
+                if finished.number in rounds:
+                    seconds[mark].append((finished.seconds_train, bare()))
+            if finished.number in windows:
                 memories[finished.number] = memory()
 
         engine.run(run(work, on_round), folder)
-    early, late = seconds[WARM : WARM + LAST], seconds[LENGTH - LAST : LENGTH]
     show("round", WARM, LENGTH, memories)
-    before, after = float(np.median(early)), float(np.median(late))
-    print(
-        f"a round  after round {WARM}: {1000 * before:6.1f} ms  at the end: {1000 * after:.1f} ms  "
-        f"{100 * (after / before - 1):+.2f} %"
-    )
+    ratios = {}
+    for mark, pairs in seconds.items():
+        rounds, floors = np.transpose(pairs)
+        ratios[mark] = float(np.median(rounds / floors))
+        print(
+            f"{LAST} rounds {'after' if mark == WARM else 'until'} {mark}: "
+            f"{1000 * np.median(rounds):6.1f} ms  floor {1000 * np.median(floors):6.1f} ms  "
+            f"round/floor {ratios[mark]:.3f}"
+        )
+    print(f"a round beside its floor: {100 * (ratios[LENGTH] / ratios[WARM] - 1):+.2f} %")
 
 
 PARTS = {each.__name__: each for each in (population, cohort, workers, long)}

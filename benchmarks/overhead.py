@@ -139,7 +139,7 @@ def main() -> None:
         "round/own floor (min-max)     as documented  1 CPU each"
     )
     for model, clients in itertools.product(options.models, options.clients):
-        measured = max(2, options.rounds * 100 // max(100, clients))
+        measured = max(min(2, options.rounds), options.rounds * 100 // max(100, clients))
         with contextlib.ExitStack() as open_now:
             store = equal_writers(Path(open_now.enter_context(temporary_cache())), clients)
             bare = open_now.enter_context(floor(job(store, MODELS[model], clients, 1)))
