@@ -125,10 +125,14 @@ class LocalTraining:
         return int(self._train.experimental_get_tracing_count())
 
     def load(self, vector: NDArray[np.float32]) -> None:
-        """Take the global weights, and what the strategy broadcasts with them, from `vector`."""
+        """Take the global weights, and what the strategy broadcasts with them, from `vector`.
+
+        Where it lies as TensorFlow wants it, it is not copied: it stays as it is until the next
+        call, or while nothing is trained or evaluated.
+        """
         shared = [self._global_weights, *self._state.values()]
         for variables, part in zip(shared, np.split(vector, len(shared)), strict=True):
-            _assign(variables, unflatten(part, self.shapes))
+            _assign(variables, [_lent(layer) for layer in unflatten(part, self.shapes)])
         for each in self._deferred:
             each.forget()
 
@@ -679,8 +683,8 @@ def _hits(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
 
 def _lent(array: NDArray[np.float32]) -> Any:
     """Return a tensor of the same memory, where it lies as TensorFlow wants it."""
-    aligned = array.ctypes.data % 64 == 0
-    return tf.experimental.dlpack.from_dlpack(array.__dlpack__()) if aligned else array
+    lendable = array.flags.writeable and array.ctypes.data % 64 == 0
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__()) if lendable else array
 
 
 def _view(variable: tf.Variable) -> NDArray[np.float32]:
