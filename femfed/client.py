@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
@@ -105,7 +106,6 @@ class LocalTraining:
             input_signature=[images, labels, rows, tf.TensorSpec([None], tf.int32)],
             autograph=False,
         )
-        self._term = np.empty(PIECE, np.float64)
         self._delta = np.empty(PIECE, np.float32)
 
     @property
@@ -255,16 +255,7 @@ class LocalTraining:
         start, largest = 0, 0.0
         for delta in chain(self._delta_chunks(), self._extra_chunks()):
             largest = max(largest, _magnitude(weight, delta))
-            term = self._term[: delta.size]
-            term[:] = delta
-            term *= weight
-            term += GRID
-            term -= GRID
-            target = total[start : start + delta.size]
-            if first:
-                target[:] = term
-            else:
-                target += term
+            _add_exactly(total[start : start + delta.size], weight, delta, first)
             start += delta.size
         return largest
 
@@ -654,6 +645,14 @@ def forget() -> None:
 def _assign(variables: Sequence[tf.Variable], values: Sequence[Any]) -> None:
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def _add_exactly(total: FloatSum, weight: float, delta: NDArray[np.float32], first: bool) -> None:
+    """Add `weight * delta`, rounded to multiples of 2**-30, in one pass over the memory."""
+    for i in range(total.size):
+        term = weight * np.float64(delta[i]) + GRID - GRID
+        total[i] = term if first else total[i] + term
 
 
 def _magnitude(weight: float, delta: NDArray[np.float32]) -> float:

@@ -659,6 +659,22 @@ def test_sums_of_parts_are_the_sum() -> None:
     assert np.array_equal(fold(0, 1, 2), fold(2) + fold(1, 0))
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", [LOGISTIC, HUGE], ids=["logistic", "huge"])
+def test_a_term_of_a_sum_is_rounded_once_to_the_grid(model: Model, precision: str) -> None:
+    """Also where the kernel's update itself is kept, in half precision, and for odd weights."""
+    training = make(model=model, precision=precision)
+    delta = delta_after(training, a_writer(45), 1, 0).astype(np.float64)
+    assert any(update is not None for update in training._updates()) is (model is HUGE)
+    total = np.empty(training.parameters)
+
+    for weight in (1 / 3, 45.0):
+        training.fold(weight, total, first=weight < 1)
+
+    expected = sum(np.rint(weight * delta * 2.0**30) for weight in (1 / 3, 45.0)) / 2.0**30
+    assert np.array_equal(total, expected)
+
+
 # divergence
 
 
