@@ -1,6 +1,7 @@
 """The client: a plain loop written here is the truth for the compiled local epoch."""
 
 import gc
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from femfed import UserError, config
-from femfed.client import LocalTraining, forget
+from femfed.client import LocalTraining, _view, forget
 from femfed.data.store import CLASSES, Writer
 from femfed.deferred import Deferred
 from femfed.forward import Dropouts
@@ -554,6 +555,42 @@ def test_loaded_weights_are_where_training_begins(model: Model, precision: str) 
     elsewhere = make(SLOW, model, precision=precision)
     elsewhere.load(initial + first)
     assert np.array_equal(second, delta_after(elsewhere, writer, 1, 0))
+
+
+@pytest.mark.parametrize("strategy", [FedAvg(), Ditto(0.1)], ids=["fedavg", "ditto"])
+@pytest.mark.parametrize("model", [CNN(True, 0.25, 0.5), HUGE], ids=["cnn", "huge"])
+def test_weights_that_are_lent_stay_as_they_are(model: Model, strategy: Strategy) -> None:
+    """They lie where the driver writes the next ones, and every worker reads them there."""
+    writer = a_writer(45, held_out=5)
+
+    def updates(lend: bool) -> list[np.ndarray]:
+        training, found = make(SLOW, model, strategy), []
+        initial = flatten(training.initial_weights)
+        pages = np.frombuffer(mmap.mmap(-1, initial.nbytes), np.float32)
+        training.load_memory(None)
+        for step in (0, 1e-3):
+            pages[:] = initial + np.float32(step)
+            training.load(pages if lend else pages.copy())
+            found.append(delta_after(training, writer, 1, 0))
+            training.evaluate(writer, writer.test)
+            found.append(delta_after(training, writer, 2, 0))
+            lent = [np.shares_memory(_view(w), pages) for w in training._global_weights]
+            assert any(lent) is lend
+            assert np.array_equal(pages, initial + np.float32(step))
+        return found
+
+    assert all(np.array_equal(*both) for both in zip(updates(True), updates(False), strict=True))
+
+
+def test_weights_that_must_not_be_written_to_are_copied() -> None:
+    training, writer = make(), a_writer(21)
+    expected = delta_after(training, writer, 1, 0)
+    weights = np.frombuffer(flatten(training.initial_weights).tobytes(), np.float32)
+    assert not weights.flags.writeable
+
+    training.load(weights)
+
+    assert np.array_equal(delta_after(training, writer, 1, 0), expected)
 
 
 @pytest.mark.parametrize("model", [TWO_LAYERS, WIDE])
