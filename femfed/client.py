@@ -127,8 +127,8 @@ class LocalTraining:
     def load(self, vector: NDArray[np.float32]) -> None:
         """Take the global weights, and what the strategy broadcasts with them, from `vector`.
 
-        Where it lies as TensorFlow wants it, it is not copied: it stays as it is until the next
-        call, or while nothing is trained or evaluated.
+        Where it lies as TensorFlow wants it, it is lent, not copied: whoever changes it has to call
+        this again before anything else is.
         """
         shared = [self._global_weights, *self._state.values()]
         for variables, part in zip(shared, np.split(vector, len(shared)), strict=True):
@@ -647,7 +647,11 @@ def _assign(variables: Sequence[tf.Variable], values: Sequence[Any]) -> None:
         variable.assign(value)
 
 
-@numba.njit  # type: ignore[untyped-decorator]
+_READ_ONLY = numba.types.Array(numba.float32, 1, "C", readonly=True)
+
+
+# With its types, so that it is compiled once, as this is imported, and not in a client's time.
+@numba.njit(numba.void(numba.float64[::1], numba.float64, _READ_ONLY, numba.boolean))  # type: ignore[untyped-decorator]
 def _add_exactly(total: FloatSum, weight: float, delta: NDArray[np.float32], first: bool) -> None:
     """Add `weight * delta`, rounded to multiples of 2**-30, in one pass over the memory."""
     for i in range(total.size):
@@ -681,7 +685,10 @@ def _hits(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
 
 
 def _lent(array: NDArray[np.float32]) -> Any:
-    """Return a tensor of the same memory, where it lies as TensorFlow wants it."""
+    """Return a tensor of the same memory, where it lies as TensorFlow wants it.
+
+    TensorFlow copies what it does not own before it changes it.
+    """
     lendable = array.flags.writeable and array.ctypes.data % 64 == 0
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__()) if lendable else array
 

@@ -8,11 +8,12 @@ Five things differ from calling the model, none of them the mathematics:
 - A large dense kernel is not rewritten at every step of SGD (`Deferred`).
 - A convolution's bias and ReLU follow its max-pooling, where a quarter is left to do: the largest
   of what is shifted and rectified is the largest, shifted and rectified.
-- Where none follows, the bias has a gradient of its own: oneDNN's product that leaves it with the
-  kernel's takes longer than both.
+- A convolution's bias has a gradient of its own: oneDNN's product that leaves it with the kernel's
+  takes longer than both.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import keras
@@ -95,11 +96,11 @@ def forward(
             x = tf.cast(x, layer.compute_dtype)
             x = layer.convolution_op(x, tf.cast(layer.kernel.value, x.dtype))
         elif _is_pooled(last, layer):
-            x = tf.nn.bias_add(layer(x), tf.cast(last.bias.value, layer.compute_dtype))
+            with _biases_by_themselves():
+                x = tf.nn.bias_add(layer(x), tf.cast(last.bias.value, layer.compute_dtype))
             x = last.activation(x)
         elif isinstance(layer, keras.layers.Conv2D):
-            graph = tf.compat.v1.get_default_graph()
-            with graph.gradient_override_map({"BiasAdd": _BIAS}):
+            with _biases_by_themselves():
                 x = layer(x)
         elif not isinstance(layer, keras.layers.Dropout):
             x = layer(x)
@@ -130,6 +131,13 @@ def _product_gradients(product: tf.Operation, slopes: tf.Tensor) -> tuple[tf.Ten
     return times(slopes, kernel, transposed=True), tf.matmul(x, slopes, transpose_a=True)
 
 
+def _biases_by_themselves() -> AbstractContextManager[None]:
+    """Have biases that are added in the block get a gradient of their own."""
+    graph = tf.compat.v1.get_default_graph()
+    return graph.gradient_override_map({"BiasAdd": _BIAS})  # type: ignore[no-any-return]
+
+
 @tf.RegisterGradient(_BIAS)  # type: ignore[untyped-decorator]
 def _bias_gradients(_: tf.Operation, slopes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    # `BiasAddGrad` would add up thousands of bfloat16 numbers in bfloat16, this does in float32.
     return slopes, tf.reduce_sum(slopes, range(slopes.shape.rank - 1))

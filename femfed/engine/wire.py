@@ -163,7 +163,10 @@ class Outbox:
             )
 
     def publish(self, weights: Sequence[NDArray[np.float32]]) -> RecordDict:
-        """Return what every message carries so that a worker can load `weights`."""
+        """Return what every message carries so that a worker can load `weights`.
+
+        Workers train from these very pages: to be called only while none of them is at a message.
+        """
         if self._folder is None:
             return RecordDict({"weights": ArrayRecord([flatten(weights)])})
         flatten(weights, out=self._files["weights"])
