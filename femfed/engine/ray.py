@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from femfed.engine.apps import Run
 
 RESTARTS = 3  # of the engine in a row without a finished round in between
-WORKER_MEMORY = 800 * 2**20  # bytes of a worker without a model: TensorFlow, Flower, Ray, numba
+WORKER_MEMORY = 700 * 2**20  # bytes of a worker without a model: TensorFlow, Flower, Ray
 PARAMETER_MEMORY = 48  # bytes a weight: weights, global weights, gradients, sums, activations
 PREFIX = "femfed-ray-"  # of Ray's folder
 WORKERS = ("ray::", "default_worker.py")  # in the command line of a worker
