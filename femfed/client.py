@@ -132,7 +132,7 @@ class LocalTraining:
         """
         shared = [self._global_weights, *self._state.values()]
         for variables, part in zip(shared, np.split(vector, len(shared)), strict=True):
-            _assign(variables, [_lent(layer) for layer in unflatten(part, self.shapes)])
+            _lend(variables, part)
         for each in self._deferred:
             each.forget()
 
@@ -159,9 +159,7 @@ class LocalTraining:
             for name, variables in self._memory.items():
                 _assign(variables, fresh[name])
             return
-        variables = [variable for each in self._memory.values() for variable in each]
-        parts = unflatten(vector, [tuple(v.shape) for v in variables])
-        _assign(variables, [_lent(part) for part in parts])
+        _lend([variable for each in self._memory.values() for variable in each], vector)
 
     def memory(self) -> list[NDArray[np.float32]]:
         """Return what the client just trained remembers, flat and read-only, until the next one."""
@@ -682,6 +680,12 @@ def _pixels(images: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
 def _hits(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     predicted = tf.argmax(logits, axis=-1, output_type=tf.int32)
     return tf.reduce_sum(tf.cast(predicted == targets, tf.int32))
+
+
+def _lend(variables: Sequence[tf.Variable], vector: NDArray[np.float32]) -> None:
+    """Have variables hold what lies one after the other in `vector`, there if it can be."""
+    parts = unflatten(vector, [tuple(variable.shape) for variable in variables])
+    _assign(variables, [_lent(part) for part in parts])
 
 
 def _lent(array: NDArray[np.float32]) -> Any:
