@@ -1,5 +1,7 @@
 """Clients that keep something: memory, personal heads and models, and the two baselines."""
 
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,49 @@ def test_several_vectors_are_kept_as_one(tmp_path: Path) -> None:
     assert np.array_equal(memories.recall(4, 2), np.float32([*long, 1, 2, 3]))
 
 
+def test_a_file_is_overwritten_without_being_read(tmp_path: Path) -> None:
+    """The disk reads a block that is overwritten in part, where it is not in memory."""
+    memories, long = Memories(tmp_path), np.arange(2_000_000, dtype=np.float32)
+    vectors = [long[:700], long, long[:30]]
+    for round in (1, 2):
+        memories.keep(0, round, vectors)
+    memories.prune(2)
+    (spare,) = (tmp_path / "spare").iterdir()
+    with spare.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    before = counted("read_bytes")
+    memories.keep(0, 3, vectors)
+
+    assert counted("read_bytes") - before <= 5 * 4096  # where a vector ends, and the file
+    assert np.array_equal(memories.recall(0, 3), np.concatenate(vectors))
+
+
+def test_pages_of_a_version_are_let_go_and_its_file_stays(tmp_path: Path) -> None:
+    memories, long = Memories(tmp_path), np.arange(2_000_000, dtype=np.float32)
+    before = counted("write_bytes")
+    memories.keep(0, 1, [long])
+    memories.sync(after=0)
+    if counted("write_bytes") == before:
+        pytest.skip("the folder of the tests lies in memory, not on a disk")
+    before = counted("read_bytes")
+    assert np.array_equal(memories.recall(0, 1), long)
+    assert counted("read_bytes") == before
+
+    memories.release(0, 0)  # before its first
+    memories.release(0, 1)
+
+    assert np.array_equal(memories.recall(0, 1), long)
+    assert counted("read_bytes") - before >= long.nbytes
+
+
+def counted(name: str) -> int:
+    """Return how many bytes this process had a disk read or write."""
+    (line,) = re.findall(rf"^{name}: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)
+    return int(line)
+
+
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 def test_numbers_that_are_not_finite_are_not_kept(tmp_path: Path, number: float) -> None:
     memories = Memories(tmp_path)
@@ -193,6 +238,26 @@ def test_what_nobody_needs_is_overwritten(tmp_path: Path) -> None:
     assert sorted(path.name[:13] for path in tmp_path.iterdir()) == [
         f"client_{client:06d}" for client in (0, 1, 1, 2)
     ]
+
+
+@pytest.mark.parametrize("available", [0, 2**40])
+def test_where_memory_is_short_versions_are_released_once_trained_from(
+    store: WriterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: int
+) -> None:
+    released: list[tuple[int, int]] = []
+    monkeypatch.setattr("femfed.engine.apps.available_memory", lambda: available)
+    monkeypatch.setattr(Memories, "release", lambda self, *version: released.append(version))
+    _, rounds = finish(store, tmp_path, LocalOnly())
+
+    recalled = set()
+    newest: dict[int, int] = {}
+    for each in rounds:
+        recalled |= {(client, newest[client]) for client in each.cohort if client in newest}
+        newest |= dict.fromkeys(each.cohort, each.number)
+    assert recalled
+    old = {(client, round) for client, round in released if round}
+    assert old < recalled  # not the last of a worker's turn
+    assert bool(old) == (available == 0)
 
 
 def test_a_strategy_without_memory_leaves_no_folder(store: WriterStore, tmp_path: Path) -> None:

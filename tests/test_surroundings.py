@@ -860,9 +860,12 @@ def other_ray() -> Iterator[tuple[str, int, Path]]:
 
 
 def servers(pid: int) -> set[int]:
-    return {
-        child for child, line in family(pid).items() if "gcs_server" in line or "raylet/" in line
+    """Return a cluster's two servers: children of `pid`, while their forks are not."""
+    children = {
+        int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     }
+    lines = {child: line for child, line in family(pid).items() if child in children}
+    return {child for child, line in lines.items() if "gcs_server" in line or "raylet/" in line}
 
 
 def test_another_ray_and_its_port_are_left_alone(start: Start, undisturbed: Undisturbed) -> None:
@@ -872,7 +875,7 @@ def test_another_ray_and_its_port_are_left_alone(start: Start, undisturbed: Undi
             taken.bind(("127.0.0.1", 6379))
             taken.listen()
         before = servers(pid)
-        assert before
+        assert len(before) == 2
         run = start(*TINY, "engine.workers=2", RAY_ADDRESS=address)
 
         assert run.process.wait(timeout=LONG) == 0, run.err

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from femfed import RunError, UserError, light_imports
 from femfed.data.store import Writer, WriterStore
 from femfed.engine.federation import Federation, Writers
-from femfed.engine.footprint import forget_peak, peak_memory
+from femfed.engine.footprint import available_memory, forget_peak, peak_memory
 from femfed.engine.memory import Memories
 from femfed.engine.rounds import Round, Schedule, Trained, run_rounds
 from femfed.engine.wire import (
@@ -200,6 +200,10 @@ def train(message: Message, context: Context) -> Message:
     largest, began = 0.0, time.perf_counter()
     clients, strategy = task["clients"], worker.strategy
     updates = [] if strategy.averages else worker.inbox.updates(message.content, task["slots"])
+    # A client's newest version, the one before and one to be overwritten: is there room to spare?
+    size = sum(vector.nbytes for vector in training.memory())
+    crowded = strategy.remembers and 3 * len(clients) * size > available_memory() // 2
+    last = NOBODY, 0
     places: list[int] = []  # of the clients that complete the round
     dropped: list[str] = []
     for place in worker.inbox.places(message.content, task["turns"], len(clients)):
@@ -222,6 +226,9 @@ def train(message: Message, context: Context) -> Message:
                 training.check(weight)
             if strategy.remembers:
                 worker.memories.keep(client, task["round"], training.memory())
+                if crowded:
+                    worker.memories.release(*last)  # TensorFlow may still hold this client's
+                    last = client, version
             if strategy.sums:  # last: who is dropped has added nothing
                 largest += training.fold(weight, total, first=fresh)
                 fresh, worker.folded = False, task["attempt"]

@@ -4,23 +4,27 @@ Versions make resuming exact: whoever starts again after round r takes every cli
 of a round up to r, whatever was written after it. A writer who never took part has no file.
 
 Files that nobody needs any more are overwritten rather than removed: their pages are in memory, and
-new ones for a model a client cost more than what is written there.
+new ones for a model a client cost more than what is written there. Where there are too many for the
+memory, the pages of a version are let go once its client has trained from it. Left to itself the
+system takes those that were written and not yet read: the ones that the next round begins with.
 """
 
 import contextlib
 import mmap
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from femfed.local import DivergedError
-from femfed.strategies.base import pieces
+from femfed.strategies.base import PIECE
 
 Vector = NDArray[np.float32]
+
+BLOCK = 4096  # bytes of a file; where a block is overwritten in part, the disk is read first
 
 
 class Memories:
@@ -41,18 +45,16 @@ class Memories:
             DivergedError: it holds NaN or infinity.
         """
         shape = (sum(vector.size for vector in vectors),)
-        about = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": shape}
         self._folder.mkdir(exist_ok=True)
         path = self._path(client, round)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with partial.open("r+b" if self._takes_spare(partial) else "wb") as file:
-                np.lib.format.write_array_header_1_0(file, about)
-                for vector in vectors:
-                    for piece in pieces(vector.size):  # written while the cache still holds it
-                        if not np.isfinite(vector[piece]).all():
-                            raise DivergedError("what the client remembers holds NaN or infinity")
-                        file.write(vector[piece].data)
+                file.write(_header(shape))
+                for piece in _pieces(vectors):  # written while the cache still holds it
+                    if not np.isfinite(piece).all():
+                        raise DivergedError("what the client remembers holds NaN or infinity")
+                    file.write(piece.data)
                 file.truncate()
             partial.replace(path)
         finally:
@@ -80,6 +82,13 @@ class Memories:
             # Not read: TensorFlow works in the system's pages of the file, which stays as it is.
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             return np.frombuffer(pages, np.float32, offset=file.tell())
+
+    def release(self, client: int, round: int) -> None:
+        """Have the system take the pages of a version's file from memory; the file stays."""
+        if round:
+            descriptor = os.open(self._path(client, round), os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
 
     def versions(self, clients: int, finished: int) -> NDArray[np.int64]:
         """Return each client's newest round up to `finished`, 0 where there is none."""
@@ -141,3 +150,23 @@ class Memories:
     def _kept(self) -> list[tuple[int, int]]:
         names = [path.stem.split("_") for path in self._folder.glob("client_*.npy")]
         return [(int(client), int(round)) for _, client, _, round in names]
+
+
+def _header(shape: tuple[int]) -> bytes:
+    """Return how an npy file of float32 begins, filled up with spaces to a whole block."""
+    magic = np.lib.format.magic(1, 0)
+    about = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": shape}
+    length = BLOCK - len(magic) - 2
+    return magic + length.to_bytes(2, "little") + f"{about}".ljust(length - 1).encode() + b"\n"
+
+
+def _pieces(vectors: Sequence[Vector]) -> Iterator[Vector]:
+    """Yield the vectors in pieces that end where a block of the file does, or the vector."""
+    written = 0
+    for vector in vectors:
+        start = 0
+        while start < vector.size:
+            end = start + PIECE - (written + start) % (BLOCK // 4)
+            yield vector[start:end]
+            start = end
+        written += vector.size
