@@ -44,18 +44,18 @@ class Memories:
         Raises:
             DivergedError: it holds NaN or infinity.
         """
-        shape = (sum(vector.size for vector in vectors),)
+        size = sum(vector.size for vector in vectors)
         self._folder.mkdir(exist_ok=True)
         path = self._path(client, round)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with partial.open("r+b" if self._takes_spare(partial) else "wb") as file:
-                file.write(_header(shape))
+                file.write(_header(size))
                 for piece in _pieces(vectors):  # written while the cache still holds it
                     if not np.isfinite(piece).all():
                         raise DivergedError("what the client remembers holds NaN or infinity")
                     file.write(piece.data)
-                file.truncate()
+                file.truncate(BLOCK + 4 * size)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -152,21 +152,26 @@ class Memories:
         return [(int(client), int(round)) for _, client, _, round in names]
 
 
-def _header(shape: tuple[int]) -> bytes:
+def _header(size: int) -> bytes:
     """Return how an npy file of float32 begins, filled up with spaces to a whole block."""
     magic = np.lib.format.magic(1, 0)
-    about = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": shape}
+    about = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": (size,)}
     length = BLOCK - len(magic) - 2
     return magic + length.to_bytes(2, "little") + f"{about}".ljust(length - 1).encode() + b"\n"
 
 
 def _pieces(vectors: Sequence[Vector]) -> Iterator[Vector]:
-    """Yield the vectors in pieces that end where a block of the file does, or the vector."""
-    written = 0
+    """Yield all numbers, `PIECE` at a time, the last of them with zeros up to a whole block."""
+    buffer, filled = np.empty(PIECE, np.float32), 0
     for vector in vectors:
         start = 0
         while start < vector.size:
-            end = start + PIECE - (written + start) % (BLOCK // 4)
-            yield vector[start:end]
-            start = end
-        written += vector.size
+            part = vector[start : start + PIECE - filled]
+            buffer[filled : filled + part.size] = part
+            start, filled = start + part.size, filled + part.size
+            if filled == PIECE:
+                yield buffer
+                filled = 0
+    end = -(-filled // (BLOCK // 4)) * (BLOCK // 4)
+    buffer[filled:end] = 0
+    yield buffer[:end]
