@@ -127,39 +127,70 @@ def test_several_vectors_are_kept_as_one(tmp_path: Path) -> None:
 
 def test_a_file_is_overwritten_without_being_read(tmp_path: Path) -> None:
     """The disk reads a block that is overwritten in part, where it is not in memory."""
-    memories, long = Memories(tmp_path), np.arange(2_000_000, dtype=np.float32)
+    memories, long = on_a_disk(tmp_path), np.arange(2_000_000, dtype=np.float32)
     vectors = [long[:700], long, long[:30]]
     for round in (1, 2):
         memories.keep(0, round, vectors)
-    memories.prune(2)
-    (spare,) = (tmp_path / "spare").iterdir()
-    with spare.open("rb") as file:
+    read = []
+    for round in (3, 4, 5):  # whatever else this process needs from the disk, it needs once
+        memories.prune(round - 1)
+        memories.sync(after=0)
+        (spare,) = (tmp_path / "spare").iterdir()
+        drop(spare)
+        before = counted("read_bytes")
+        memories.keep(0, round, vectors)
+        read.append(counted("read_bytes") - before)
+
+    assert min(read) == 0
+    assert np.array_equal(memories.recall(0, 5), np.concatenate(vectors))
+
+
+def test_a_version_is_let_go_from_memory_and_its_file_stays(tmp_path: Path) -> None:
+    memories, long = on_a_disk(tmp_path), np.arange(2_000_000, dtype=np.float32)
+    memories.keep(0, 1, [long])
+    memories.sync(after=0)
+    before = counted("read_bytes")
+    assert np.array_equal(memories.recall(0, 1), long)
+    assert counted("read_bytes") - before < long.nbytes // 2
+
+    memories.release(0, 0)  # before its first
+    memories.release(1, 1)  # gone meanwhile
+    memories.release(0, 1)
+
+    before = counted("read_bytes")
+    assert np.array_equal(memories.recall(0, 1), long)
+    assert counted("read_bytes") - before >= long.nbytes
+
+
+def on_a_disk(folder: Path) -> Memories:
+    """Return the memories in a folder; skip where what is written stays in memory."""
+    before = counted("write_bytes")
+    (folder / "probe").write_bytes(bytes(2**20))
+    (folder / "probe").unlink()
+    if counted("write_bytes") == before:
+        pytest.skip("the folder of the tests lies in memory, not on a disk")
+    return Memories(folder)
+
+
+def drop(path: Path) -> None:
+    """Have the disk hold a file and memory not."""
+    with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    before = counted("read_bytes")
-    memories.keep(0, 3, vectors)
 
-    assert counted("read_bytes") == before
-    assert np.array_equal(memories.recall(0, 3), np.concatenate(vectors))
+def test_a_file_of_an_earlier_femfed_is_read_and_overwritten(tmp_path: Path) -> None:
+    memories = Memories(tmp_path)
+    for round in (1, 2):
+        np.save(tmp_path / f"client_000003_round_{round:06d}.npy", np.float32([1, 2, round]))
+    assert memories.recall(3, 2).tolist() == [1, 2, 2]
 
+    memories.prune(2)
+    memories.keep(3, 3, [np.float32([4])])
 
-def test_pages_of_a_version_are_let_go_and_its_file_stays(tmp_path: Path) -> None:
-    memories, long = Memories(tmp_path), np.arange(2_000_000, dtype=np.float32)
-    before = counted("write_bytes")
-    memories.keep(0, 1, [long])
-    memories.sync(after=0)
-    if counted("write_bytes") == before:
-        pytest.skip("the folder of the tests lies in memory, not on a disk")
-    before = counted("read_bytes")
-    assert np.array_equal(memories.recall(0, 1), long)
-    assert counted("read_bytes") == before
-
-    memories.release(0, 0)  # before its first
-    memories.release(0, 1)
-
-    assert np.array_equal(memories.recall(0, 1), long)
-    assert counted("read_bytes") - before >= long.nbytes
+    assert memories.recall(3, 2).tolist() == [1, 2, 2]
+    assert memories.recall(3, 3).tolist() == [4]
+    assert np.load(tmp_path / "client_000003_round_000003.npy").tolist() == [4]
 
 
 def counted(name: str) -> int:
@@ -240,14 +271,21 @@ def test_what_nobody_needs_is_overwritten(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("available", [0, 2**40])
+@pytest.mark.parametrize("bundle", [None, 1])
+@pytest.mark.parametrize("short_of", [0, 2])
 def test_where_memory_is_short_versions_are_released_once_trained_from(
-    store: WriterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: int
+    store: WriterStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    short_of: int,
+    bundle: int | None,
 ) -> None:
+    """Three versions of three clients' weights may take half of the memory, and no more."""
+    available = 2 * 3 * 3 * 4 * MODEL.parameters - short_of
     released: list[tuple[int, int]] = []
     monkeypatch.setattr("femfed.engine.apps.available_memory", lambda: available)
     monkeypatch.setattr(Memories, "release", lambda self, *version: released.append(version))
-    _, rounds = finish(store, tmp_path, LocalOnly())
+    _, rounds = finish(store, tmp_path, LocalOnly(), bundle=bundle)
 
     recalled = set()
     newest: dict[int, int] = {}
@@ -256,8 +294,8 @@ def test_where_memory_is_short_versions_are_released_once_trained_from(
         newest |= dict.fromkeys(each.cohort, each.number)
     assert recalled
     old = {(client, round) for client, round in released if round}
-    assert old < recalled  # not the last of a worker's turn
-    assert bool(old) == (available == 0)
+    assert old < recalled  # not the last one's
+    assert bool(old) == bool(short_of)
 
 
 def test_a_strategy_without_memory_leaves_no_folder(store: WriterStore, tmp_path: Path) -> None:

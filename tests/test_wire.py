@@ -1,6 +1,5 @@
 """The wire: what may be built from a message, how cohorts are cut, by reference as by value."""
 
-import contextlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -265,20 +264,18 @@ def test_single_updates_arrive_in_their_rows(folder: Path | None, weights: np.nd
     assert np.array_equal(updates, rows)
 
 
-@pytest.mark.parametrize("error", [None, RuntimeError])
 def test_updates_take_no_room_after_a_run_that_its_workers_outlive(
-    tmp_path: Path, weights: np.ndarray, error: type[Exception] | None
+    tmp_path: Path, weights: np.ndarray
 ) -> None:
-    with contextlib.suppress(RuntimeError), Outbox(tmp_path, PARAMETERS) as outbox:
-        outbox.reserve_updates(5)
-        inbox = Inbox(PARAMETERS)
-        updates = inbox.updates(outbox.publish([weights]), [0, 1])
+    with Outbox(tmp_path, PARAMETERS) as outbox:
+        outbox.reserve_updates(50)
+        idle = Inbox(PARAMETERS)
+        updates = idle.updates(outbox.publish([weights]), [0, 1])
         updates[1][:] = 1
-        if error:
-            raise error  # an engine that is started again: some worker may be at work still
+        assert (tmp_path / "updates").stat().st_blocks
 
-    assert len(updates) == 2
-    assert ((tmp_path / "updates").stat().st_size == 0) == (error is None)
+    assert (tmp_path / "updates").stat().st_blocks <= 8  # the last page may be part of one
+    assert not updates[1].any()
 
 
 def test_an_inbox_follows_the_run_to_its_folder(tmp_path: Path, weights: np.ndarray) -> None:

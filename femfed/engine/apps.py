@@ -105,6 +105,7 @@ class Worker:
         self.inbox = Inbox(self.training.parameters, sends, receives)
         self.memories = Memories(Path(parts["memory"]))
         self.folded = ""  # the attempt at a round that this worker's sum is of
+        self.trained_from = NOBODY, 0  # the client trained last, and the version it began with
         self._loaded = ""
 
     def writer(self, index: int) -> Writer:
@@ -200,10 +201,9 @@ def train(message: Message, context: Context) -> Message:
     largest, began = 0.0, time.perf_counter()
     clients, strategy = task["clients"], worker.strategy
     updates = [] if strategy.averages else worker.inbox.updates(message.content, task["slots"])
-    # A client's newest version, the one before and one to be overwritten: is there room to spare?
+    # The cohort's newest versions, those before and those to be overwritten: too much to keep?
     size = sum(vector.nbytes for vector in training.memory())
-    crowded = strategy.remembers and 3 * len(clients) * size > available_memory() // 2
-    last = NOBODY, 0
+    crowded = strategy.remembers and 3 * task["cohort"] * size > available_memory() // 2
     places: list[int] = []  # of the clients that complete the round
     dropped: list[str] = []
     for place in worker.inbox.places(message.content, task["turns"], len(clients)):
@@ -226,9 +226,9 @@ def train(message: Message, context: Context) -> Message:
                 training.check(weight)
             if strategy.remembers:
                 worker.memories.keep(client, task["round"], training.memory())
-                if crowded:
-                    worker.memories.release(*last)  # TensorFlow may still hold this client's
-                    last = client, version
+                if crowded:  # not yet of this client, which TensorFlow may still hold
+                    worker.memories.release(*worker.trained_from)
+                worker.trained_from = client, version
             if strategy.sums:  # last: who is dropped has added nothing
                 largest += training.fold(weight, total, first=fresh)
                 fresh, worker.folded = False, task["attempt"]
@@ -502,6 +502,7 @@ class GridWorkers:
             "attempt": f"{self._attempt}.{round}",
             "most_steps": max(steps),
             "drop": job.drop,
+            "cohort": len(cohort),
         }
         if job.strategy.pools:
             bundles, turns = [[0]], ""

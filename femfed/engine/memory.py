@@ -5,8 +5,8 @@ of a round up to r, whatever was written after it. A writer who never took part 
 
 Files that nobody needs any more are overwritten rather than removed: their pages are in memory, and
 new ones for a model a client cost more than what is written there. Where there are too many for the
-memory, the pages of a version are let go once its client has trained from it. Left to itself the
-system takes those that were written and not yet read: the ones that the next round begins with.
+memory, a version is let go from it once its client has trained. Left to itself the system takes
+those that were written and not yet read: the ones that the next round begins with.
 """
 
 import contextlib
@@ -84,11 +84,15 @@ class Memories:
             return np.frombuffer(pages, np.float32, offset=file.tell())
 
     def release(self, client: int, round: int) -> None:
-        """Have the system take the pages of a version's file from memory; the file stays."""
-        if round:
-            descriptor = os.open(self._path(client, round), os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
+        """Ask the system to drop a version from memory, but what is mapped or not on the disk yet.
+
+        Its file stays; where there is none any more, or `round` is 0, there is nothing to drop.
+        """
+        with (
+            contextlib.suppress(FileNotFoundError),
+            self._path(client, round).open("rb") as file,
+        ):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def versions(self, clients: int, finished: int) -> NDArray[np.int64]:
         """Return each client's newest round up to `finished`, 0 where there is none."""

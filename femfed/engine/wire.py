@@ -198,12 +198,18 @@ class Outbox:
     def __enter__(self) -> "Outbox":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bell is not None:
             os.close(self._bell)
-        if self._folder is not None and "updates" in self._files and kind is None:
-            # Idle workers hold the removed file until their next run, which needs the room.
-            os.truncate(self._folder / "updates", 0)
+        if self._folder is not None and "updates" in self._files:
+            # Idle workers hold the removed file until their next run, which needs the room. Whoever
+            # reads on finds zeros.
+            with (
+                contextlib.suppress(OSError),  # a file system that cannot
+                (self._folder / "updates").open("r+b") as file,
+                mmap.mmap(file.fileno(), 0) as pages,
+            ):
+                pages.madvise(mmap.MADV_REMOVE)
 
     def wait(self, seconds: float) -> int:
         """Wait until a worker rings, or so long; return how many rang.
