@@ -212,7 +212,10 @@ def shared_files(pid: int) -> set[Path]:
     """Return the files in shared memory that the processes of a run hold."""
     found = set()
     for process in family(pid):
-        for path in Path(f"/proc/{process}/fd").glob("*"):
+        paths: list[Path] = []
+        with contextlib.suppress(FileNotFoundError):  # of a process that has just ended
+            paths += Path(f"/proc/{process}/fd").iterdir()
+        for path in paths:
             with contextlib.suppress(OSError):
                 target = path.readlink()
                 if target.is_relative_to(SHARED) and target.exists():
