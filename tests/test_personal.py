@@ -1,6 +1,5 @@
 """Clients that keep something: memory, personal heads and models, and the two baselines."""
 
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -133,10 +132,9 @@ def test_a_file_is_overwritten_without_being_read(tmp_path: Path) -> None:
         memories.keep(0, round, vectors)
     read = []
     for round in (3, 4, 5):  # whatever else this process needs from the disk, it needs once
-        memories.prune(round - 1)
         memories.sync(after=0)
-        (spare,) = (tmp_path / "spare").iterdir()
-        drop(spare)
+        memories.release(0, round - 2)
+        memories.prune(round - 1)
         before = counted("read_bytes")
         memories.keep(0, round, vectors)
         read.append(counted("read_bytes") - before)
@@ -170,13 +168,6 @@ def on_a_disk(folder: Path) -> Memories:
     if counted("write_bytes") == before:
         pytest.skip("the folder of the tests lies in memory, not on a disk")
     return Memories(folder)
-
-
-def drop(path: Path) -> None:
-    """Have the disk hold a file and memory not."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def test_a_file_of_an_earlier_femfed_is_read_and_overwritten(tmp_path: Path) -> None:

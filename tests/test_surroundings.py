@@ -867,8 +867,11 @@ def servers(pid: int) -> set[int]:
     children = {
         int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     }
-    lines = {child: line for child, line in family(pid).items() if child in children}
-    return {child for child, line in lines.items() if "gcs_server" in line or "raylet/" in line}
+    return {
+        child
+        for child, line in family(pid).items()
+        if child in children and ("gcs_server" in line or "raylet/" in line)
+    }
 
 
 def test_another_ray_and_its_port_are_left_alone(start: Start, undisturbed: Undisturbed) -> None:

@@ -84,7 +84,7 @@ class Memories:
             return np.frombuffer(pages, np.float32, offset=file.tell())
 
     def release(self, client: int, round: int) -> None:
-        """Ask the system to drop a version from memory, but what is mapped or not on the disk yet.
+        """Ask the system to drop a version from memory, save what is mapped or not on disk yet.
 
         Its file stays; where there is none any more, or `round` is 0, there is nothing to drop.
         """
@@ -161,7 +161,7 @@ def _header(size: int) -> bytes:
     magic = np.lib.format.magic(1, 0)
     about = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": (size,)}
     length = BLOCK - len(magic) - 2
-    return magic + length.to_bytes(2, "little") + f"{about}".ljust(length - 1).encode() + b"\n"
+    return magic + length.to_bytes(2, "little") + str(about).ljust(length - 1).encode() + b"\n"
 
 
 def _pieces(vectors: Sequence[Vector]) -> Iterator[Vector]:
@@ -176,6 +176,6 @@ def _pieces(vectors: Sequence[Vector]) -> Iterator[Vector]:
             if filled == PIECE:
                 yield buffer
                 filled = 0
-    end = -(-filled // (BLOCK // 4)) * (BLOCK // 4)
+    end = filled + -filled % (BLOCK // 4)
     buffer[filled:end] = 0
     yield buffer[:end]
