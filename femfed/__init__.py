@@ -25,6 +25,8 @@ os.environ.update(
 )
 
 
+PICTURES_AND_TABLES = ("matplotlib", "pandas", "PIL")  # what Keras imports if it is there
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's numbers of them
 _AGAIN = 0.2  # seconds
 

@@ -6,13 +6,14 @@ import importlib
 import inspect
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray._private import parameter, services, utils
+from ray._private import parameter, services, state, utils
 
 from femfed import Stopped, light_imports, outlast
 from femfed.engine import apps
@@ -26,12 +27,18 @@ def test_rays_parts_are_as_known() -> None:
     assert {"no_monitor", "include_log_monitor"} <= names
     assert callable(services.start_api_server)
     assert callable(utils.set_sigterm_handler)
+    assert list(inspect.signature(state.GlobalState.get_node).parameters) == ["self", "node_id"]
+    assert list(inspect.signature(state.GlobalState.node_table).parameters) == ["self"]
 
 
-def test_ray_starts_servers_only_inside_the_block() -> None:
-    stock = services.start_api_server, parameter.RayParams, utils.set_sigterm_handler
+def test_ray_starts_our_way_inside_the_block_only() -> None:
+    def parts() -> tuple[object, ...]:
+        get_node, set_handler = state.GlobalState.get_node, utils.set_sigterm_handler
+        return services.start_api_server, parameter.RayParams, get_node, set_handler
+
+    stock = parts()
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(RuntimeError), engine._servers_only():
+    with pytest.raises(RuntimeError), engine._quick_start():
         assert services.start_api_server(True, raise_on_failure=True) == (None, None)
         made = parameter.RayParams(num_cpus=1)
         assert made.no_monitor
@@ -39,7 +46,31 @@ def test_ray_starts_servers_only_inside_the_block() -> None:
         utils.set_sigterm_handler(lambda *_: None)
         assert signal.getsignal(signal.SIGTERM) is on_sigterm
         raise RuntimeError
-    assert (services.start_api_server, parameter.RayParams, utils.set_sigterm_handler) == stock
+        assert state.GlobalState.get_node is not stock[2]
+    assert parts() == stock
+
+
+def test_rays_server_is_seen_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own function sleeps for a second where it is not."""
+    tables: list[list[dict[str, str]]] = [[], [{"NodeID": "other"}], [{"NodeID": "mine"}]]
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        state.GlobalState, "get_node", lambda self, node: asked.append((node, len(tables)))
+    )
+    monkeypatch.setattr(state.GlobalState, "node_table", lambda self: tables.pop(0))
+    with engine._quick_start():
+        state.GlobalState().get_node("mine")
+    assert asked == [("mine", 0)]
+
+
+def test_rays_own_answer_stands_where_its_server_does_not_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine, "APPEARS", 0.0)
+    monkeypatch.setattr(state.GlobalState, "get_node", lambda self, node: f"no {node}")
+    monkeypatch.setattr(state.GlobalState, "node_table", lambda self: [])
+    with engine._quick_start():
+        assert state.GlobalState().get_node("mine") == "no mine"
 
 
 def test_another_ray_starts_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,10 +80,45 @@ def test_another_ray_starts_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parameter, "RayParams", Other)
     monkeypatch.delattr(services, "start_api_server")
     monkeypatch.delattr(utils, "set_sigterm_handler")
-    with engine._servers_only():
+    monkeypatch.delattr(state.GlobalState, "get_node")
+    with engine._quick_start():
         assert parameter.RayParams is Other
         assert not hasattr(services, "start_api_server")
         assert not hasattr(utils, "set_sigterm_handler")
+        assert not hasattr(state.GlobalState, "get_node")
+
+
+IN_A_WORKER = """
+import sys
+from femfed.engine import ray as engine
+with engine._ray(workers=1, object_store=engine.OBJECT_STORE):
+    import ray
+    print(*ray.get(ray.remote(lambda: list(sys.modules)).remote()))
+"""
+
+
+def test_workers_import_what_they_need_before_flower_does() -> None:
+    """Flower would bring all of its engine, and TensorFlow with pictures, garbage collected."""
+    command = [sys.executable, "-c", IN_A_WORKER]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    imported = set(done.stdout.split())
+    assert {"femfed.client", "flwr.simulation.ray_transport.ray_actor", "keras"} <= imported
+    assert not {"flwr.simulation", "sqlalchemy", "fastapi", "matplotlib"} & imported
+
+
+PRELOADED = """
+import sys
+import femfed.engine.preload
+actor = sys.modules["flwr.simulation.ray_transport.ray_actor"].ClientAppActor
+from flwr.simulation import run_simulation
+from flwr.simulation.ray_transport.ray_actor import ClientAppActor
+assert ClientAppActor is actor
+assert callable(run_simulation)
+"""
+
+
+def test_flowers_engine_can_be_imported_after_its_actor() -> None:
+    subprocess.run([sys.executable, "-c", PRELOADED], check=True)
 
 
 def test_modules_are_missing_inside_the_block_only() -> None:

@@ -393,10 +393,10 @@ class Finalized:
     def __del__(self):
         _imp.acquire_lock()  # as a callback of importlib's, which then never lets go of it
         os.kill(os.getpid(), signal.SIGTERM)  # what its handler raises is dropped
-servers_only, on_round = femfed.engine.ray._servers_only, femfed.results.Results.on_round
+quick_start, on_round = femfed.engine.ray._quick_start, femfed.results.Results.on_round
 @contextlib.contextmanager
 def while_ray_starts():
-    with servers_only():
+    with quick_start():
         yield
         Finalized()
 def after_a_round(self, finished):
@@ -406,7 +406,7 @@ def after_a_round(self, finished):
 if "engine=inline" in sys.argv:
     femfed.results.Results.on_round = after_a_round
 else:
-    femfed.engine.ray._servers_only = while_ray_starts
+    femfed.engine.ray._quick_start = while_ray_starts
 sys.argv[0] = "simulate.py"
 simulate.main()
 """

@@ -26,7 +26,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
-from femfed import RunError, UserError, light_imports
+from femfed import PICTURES_AND_TABLES, RunError, UserError, light_imports
 from femfed.data.store import Writer, WriterStore
 from femfed.engine.federation import Federation, Writers
 from femfed.engine.footprint import available_memory, forget_peak, peak_memory
@@ -86,8 +86,8 @@ class Worker:
 
     def __init__(self, spec: str) -> None:
         # Here only: the driver imports this module and has no use for TensorFlow, which takes
-        # seconds to import and hundreds of MiB. Keras would import more, for pictures and tables.
-        with light_imports(without=["matplotlib", "pandas", "PIL"]):
+        # seconds to import and hundreds of MiB.
+        with light_imports(without=PICTURES_AND_TABLES):
             from femfed.client import LocalTraining
 
         parts = json.loads(spec)

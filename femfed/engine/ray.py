@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from femfed import Stopped, UserError, keep_freed_memory, light_imports, outlast, stop
@@ -32,9 +32,10 @@ PARAMETER_MEMORY = 48  # bytes a weight: weights, global weights, gradients, sum
 PREFIX = "femfed-ray-"  # of Ray's folder
 WORKERS = ("ray::", "default_worker.py")  # in the command line of a worker
 PATIENCE = 4  # seconds that a stopped run may write
+APPEARS = 4  # seconds in which Ray's server is looked for again and again
 CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux's prctl
 API_SERVER, PARAMETERS = "start_api_server", "RayParams"
-SET_HANDLER = "set_sigterm_handler"
+SET_HANDLER, GET_NODE = "set_sigterm_handler", "get_node"
 OBJECT_STORE = 128 * 2**20  # bytes; enough for messages that hold names and numbers
 
 
@@ -220,7 +221,13 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
     # Read when ray is imported: it makes Ray take the loopback address as this node's, so that its
     # servers listen there and nowhere else (Ray resolves a loopback `_node_ip_address` away).
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ.update(RAY_worker_niceness="0")  # Ray's 15 would let every other program go first
+    os.environ.update(
+        RAY_worker_niceness="0",  # Ray's 15 would let every other program go first
+        RAY_preload_python_modules="femfed.engine.preload",
+        # Its server looks for its own object store before that is there, and then sleeps a second.
+        RAY_raylet_client_connect_timeout_milliseconds="10",
+        RAY_raylet_client_num_connect_attempts="1000",
+    )
     import ray
 
     with OwnedFolder(Path(tempfile.gettempdir()), PREFIX) as owned, _adopting():
@@ -234,7 +241,7 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
         flower.setLevel(logging.CRITICAL + 1)
         try:
             try:
-                with _servers_only():
+                with _quick_start():
                     ray.init(
                         address="local",
                         num_cpus=workers,
@@ -283,16 +290,17 @@ def _adopting() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _servers_only() -> Iterator[None]:
-    """Have `ray.init` start no more than Ray's two servers, and leave SIGTERM to us.
+def _quick_start() -> Iterator[None]:
+    """Have `ray.init` start Ray's two servers only, see them at once, and leave SIGTERM to us.
 
     Without a dashboard, Ray still starts a process that reports its usage: told that it must not,
     it reports that, and it asks the network which cloud this is. The two monitors of logs and of
-    clusters that grow are of no use on one machine. Ray's answer to a SIGTERM is raised once, and
-    lost where Python drops it (`femfed.stop`). There is no public way to do without; where another
-    Ray has not what is replaced here, it starts as it does.
+    clusters that grow are of no use on one machine. Whether the server of this node is there, Ray
+    asks once a second. Its answer to a SIGTERM is raised once, and lost where Python drops it
+    (`femfed.stop`). There is no public way to do without; where another Ray has not what is
+    replaced here, it starts as it does.
     """
-    from ray._private import parameter, services, utils
+    from ray._private import parameter, services, state, utils
 
     def no_api_server(*_: object, **__: object) -> tuple[None, None]:
         return None, None  # what Ray itself makes of one that does not start
@@ -300,19 +308,31 @@ def _servers_only() -> Iterator[None]:
     def no_handler(_: object) -> None:
         """Leave the one that is there."""
 
+    stock_node: Any = getattr(state.GlobalState, GET_NODE, None)
+
+    def prompt_node(self: Any, node: str) -> Any:
+        deadline = time.monotonic() + APPEARS
+        while time.monotonic() < deadline:
+            if any(each["NodeID"] == node for each in self.node_table()):
+                break
+            time.sleep(0.01)
+        return stock_node(self, node)  # which asks again where it is not there yet
+
     monitors = {"no_monitor": True, "include_log_monitor": False}
     stock = getattr(parameter, PARAMETERS, None)
-    ours: list[tuple[ModuleType, str, Callable[..., Any]]] = [
+    ours: list[tuple[object, str, Callable[..., Any]]] = [
         (services, API_SERVER, no_api_server),
         (utils, SET_HANDLER, no_handler),
     ]
     if stock is not None and set(monitors) <= set(inspect.signature(stock).parameters):
         ours.append((parameter, PARAMETERS, functools.partial(stock, **monitors)))
+    if hasattr(state.GlobalState, "node_table"):
+        ours.append((state.GlobalState, GET_NODE, prompt_node))
     with contextlib.ExitStack() as restored:
-        for module, name, value in ours:
-            if hasattr(module, name):
-                restored.callback(setattr, module, name, getattr(module, name))
-                setattr(module, name, value)
+        for owner, name, value in ours:
+            if hasattr(owner, name):
+                restored.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, value)
         yield
 
 
