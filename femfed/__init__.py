@@ -25,7 +25,7 @@ os.environ.update(
 )
 
 
-PICTURES_AND_TABLES = ("matplotlib", "pandas", "PIL")  # what Keras imports if it is there
+PICTURES_AND_TABLES = ("matplotlib", "pandas", "PIL")  # imported with Keras where they are there
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's numbers of them
 _AGAIN = 0.2  # seconds

@@ -49,6 +49,7 @@ LIBRARIES = {
         "engine.inline",
         "engine.wire",
         "engine.ray",
+        "engine.preload",  # by name
         "engine.dispatch",
         "strategies.flower",
     },

@@ -45,8 +45,8 @@ def test_ray_starts_our_way_inside_the_block_only() -> None:
         assert not made.include_log_monitor
         utils.set_sigterm_handler(lambda *_: None)
         assert signal.getsignal(signal.SIGTERM) is on_sigterm
-        raise RuntimeError
         assert state.GlobalState.get_node is not stock[2]
+        raise RuntimeError
     assert parts() == stock
 
 
@@ -66,11 +66,18 @@ def test_rays_server_is_seen_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPa
 def test_rays_own_answer_stands_where_its_server_does_not_come(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(engine, "APPEARS", 0.0)
-    monkeypatch.setattr(state.GlobalState, "get_node", lambda self, node: f"no {node}")
-    monkeypatch.setattr(state.GlobalState, "node_table", lambda self: [])
+    asked: list[str] = []
+
+    def nobody(self: object) -> list[dict[str, str]]:
+        asked.append("node_table")
+        return []
+
+    monkeypatch.setattr(engine, "SERVER_PATIENCE", 0.05)
+    monkeypatch.setattr(state.GlobalState, "get_node", lambda self, node_id: f"no {node_id}")
+    monkeypatch.setattr(state.GlobalState, "node_table", nobody)
     with engine._quick_start():
-        assert state.GlobalState().get_node("mine") == "no mine"
+        assert state.GlobalState().get_node(node_id="mine") == "no mine"
+    assert len(asked) > 1
 
 
 def test_another_ray_starts_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,21 +95,34 @@ def test_another_ray_starts_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not hasattr(state.GlobalState, "get_node")
 
 
+def test_a_ray_without_a_table_of_nodes_is_asked_as_it_wants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stock = state.GlobalState.get_node
+    monkeypatch.delattr(state.GlobalState, "node_table")
+    with engine._quick_start():
+        assert state.GlobalState.get_node is stock
+
+
 IN_A_WORKER = """
-import sys
 from femfed.engine import ray as engine
 with engine._ray(workers=1, object_store=engine.OBJECT_STORE):
     import ray
-    print(*ray.get(ray.remote(lambda: list(sys.modules)).remote()))
+    from flwr.simulation.ray_transport.ray_actor import ClientAppActor
+    def imported(self):
+        import sys
+        return list(sys.modules)
+    print(*ray.get(ClientAppActor.remote().__ray_call__.remote(imported)))
 """
 
 
 def test_workers_import_what_they_need_before_flower_does() -> None:
-    """Flower would bring all of its engine, and TensorFlow with pictures, garbage collected."""
+    """Flower's actor would bring all of its engine, and TensorFlow with pictures."""
     command = [sys.executable, "-c", IN_A_WORKER]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     imported = set(done.stdout.split())
-    assert {"femfed.client", "flwr.simulation.ray_transport.ray_actor", "keras"} <= imported
+    ours = {"femfed.client", "femfed.engine.apps", "femfed.engine.preload", "keras"}
+    assert {*ours, "flwr.simulation.ray_transport.ray_actor"} <= imported
     assert not {"flwr.simulation", "sqlalchemy", "fastapi", "matplotlib"} & imported
 
 
@@ -118,7 +138,7 @@ assert callable(run_simulation)
 
 
 def test_flowers_engine_can_be_imported_after_its_actor() -> None:
-    subprocess.run([sys.executable, "-c", PRELOADED], check=True)
+    subprocess.run([sys.executable, "-c", PRELOADED], check=True, timeout=300)
 
 
 def test_modules_are_missing_inside_the_block_only() -> None:

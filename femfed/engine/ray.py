@@ -1,4 +1,4 @@
-"""Flower's Ray-backed simulation engine: the only file that touches `ray` or `flwr.simulation`."""
+"""Flower's Ray-backed simulation engine; only here and in preload.py `ray` is imported."""
 
 import contextlib
 import ctypes
@@ -32,10 +32,17 @@ PARAMETER_MEMORY = 48  # bytes a weight: weights, global weights, gradients, sum
 PREFIX = "femfed-ray-"  # of Ray's folder
 WORKERS = ("ray::", "default_worker.py")  # in the command line of a worker
 PATIENCE = 4  # seconds that a stopped run may write
-APPEARS = 4  # seconds in which Ray's server is looked for again and again
+SERVER_PATIENCE = 4  # seconds that Ray's server is looked for; then Ray asks once a second
 CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux's prctl
 API_SERVER, PARAMETERS = "start_api_server", "RayParams"
 SET_HANDLER, GET_NODE = "set_sigterm_handler", "get_node"
+SETTINGS = {  # of Ray, for this Ray only
+    "preload_python_modules": ["femfed.engine.preload"],
+    # Its server looks for its own object store before that is there, and then sleeps: a second, ten
+    # times, as Ray comes. Workers that wait for the server take the same.
+    "raylet_client_connect_timeout_milliseconds": 50,
+    "raylet_client_num_connect_attempts": 200,
+}
 OBJECT_STORE = 128 * 2**20  # bytes; enough for messages that hold names and numbers
 
 
@@ -221,13 +228,7 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
     # Read when ray is imported: it makes Ray take the loopback address as this node's, so that its
     # servers listen there and nowhere else (Ray resolves a loopback `_node_ip_address` away).
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ.update(
-        RAY_worker_niceness="0",  # Ray's 15 would let every other program go first
-        RAY_preload_python_modules="femfed.engine.preload",
-        # Its server looks for its own object store before that is there, and then sleeps a second.
-        RAY_raylet_client_connect_timeout_milliseconds="10",
-        RAY_raylet_client_num_connect_attempts="1000",
-    )
+    os.environ.update(RAY_worker_niceness="0")  # Ray's 15 would let every other program go first
     import ray
 
     with OwnedFolder(Path(tempfile.gettempdir()), PREFIX) as owned, _adopting():
@@ -252,6 +253,7 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
                         logging_level=logging.CRITICAL,
                         object_store_memory=object_store,
                         _temp_dir=str(owned.path),
+                        _system_config=SETTINGS,
                     )
             except SystemExit:  # what another Ray makes of a SIGTERM while it starts
                 raise Stopped(signal.SIGTERM) from None
@@ -291,7 +293,7 @@ def _adopting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quick_start() -> Iterator[None]:
-    """Have `ray.init` start Ray's two servers only, see them at once, and leave SIGTERM to us.
+    """Have `ray.init` start Ray's two servers only, not sleep for them, and leave SIGTERM to us.
 
     Without a dashboard, Ray still starts a process that reports its usage: told that it must not,
     it reports that, and it asks the network which cloud this is. The two monitors of logs and of
@@ -310,13 +312,13 @@ def _quick_start() -> Iterator[None]:
 
     stock_node: Any = getattr(state.GlobalState, GET_NODE, None)
 
-    def prompt_node(self: Any, node: str) -> Any:
-        deadline = time.monotonic() + APPEARS
+    def prompt_node(self: Any, node_id: str) -> Any:
+        deadline = time.monotonic() + SERVER_PATIENCE
         while time.monotonic() < deadline:
-            if any(each["NodeID"] == node for each in self.node_table()):
+            if any(node.get("NodeID") == node_id for node in self.node_table()):
                 break
             time.sleep(0.01)
-        return stock_node(self, node)  # which asks again where it is not there yet
+        return stock_node(self, node_id)  # which asks again where it is not there yet
 
     monitors = {"no_monitor": True, "include_log_monitor": False}
     stock = getattr(parameter, PARAMETERS, None)
