@@ -126,6 +126,24 @@ def test_workers_import_what_they_need_before_flower_does() -> None:
     assert not {"flwr.simulation", "sqlalchemy", "fastapi", "matplotlib"} & imported
 
 
+ONE_AFTER_THE_OTHER = """
+from femfed.engine import ray as engine
+with engine._ray(workers=1, object_store=engine.OBJECT_STORE) as first:
+    pass
+with engine._ray(workers=1, object_store=engine.OBJECT_STORE) as second:
+    assert not first.exists()
+assert not second.exists()
+assert not first.exists()
+"""
+
+
+def test_a_second_ray_does_not_know_of_the_first_ones_folder() -> None:
+    """Ray writes into the settings that it is given, its folder for one, and made that again."""
+    command = [sys.executable, "-c", ONE_AFTER_THE_OTHER]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 PRELOADED = """
 import sys
 import femfed.engine.preload

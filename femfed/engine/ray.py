@@ -253,7 +253,7 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
                         logging_level=logging.CRITICAL,
                         object_store_memory=object_store,
                         _temp_dir=str(owned.path),
-                        _system_config=SETTINGS,
+                        _system_config=dict(SETTINGS),  # into which Ray writes its folder
                     )
             except SystemExit:  # what another Ray makes of a SIGTERM while it starts
                 raise Stopped(signal.SIGTERM) from None
