@@ -1,5 +1,6 @@
 """Clients that keep something: memory, personal heads and models, and the two baselines."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from femfed.data.store import Handwriting, Writer, WriterStore, stored
 from femfed.engine.apps import Job, Run
 from femfed.engine.federation import Federation
 from femfed.engine.inline import InlineEngine
-from femfed.engine.memory import Memories
+from femfed.engine.memory import IOV_MAX, Memories
 from femfed.engine.rounds import Round, Schedule
 from femfed.local import DivergedError, Local, flatten
 from femfed.models import Dense
@@ -122,6 +123,28 @@ def test_several_vectors_are_kept_as_one(tmp_path: Path) -> None:
     memories.keep(4, 2, [long, np.float32([1, 2]), long[:0], np.float32([3])])
 
     assert np.array_equal(memories.recall(4, 2), np.float32([*long, 1, 2, 3]))
+
+
+def test_more_vectors_than_the_system_writes_in_a_call_are_kept(tmp_path: Path) -> None:
+    memories, numbers = Memories(tmp_path), np.arange(2 * IOV_MAX + 3, dtype=np.float32)
+    memories.keep(4, 2, np.split(numbers, len(numbers)))
+
+    assert np.array_equal(memories.recall(4, 2), numbers)
+
+
+def test_a_write_that_ends_early_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memories, long = Memories(tmp_path), np.arange(20_000, dtype=np.float32)
+    monkeypatch.setattr(os, "writev", lambda to, parts: os.write(to, parts[0][:9_001]))
+    memories.keep(4, 2, [long, np.float32([1, 2]), long[:0], long])
+
+    assert np.array_equal(memories.recall(4, 2), np.float32([*long, 1, 2, *long]))
+
+
+def test_numbers_whose_squares_are_not_finite_are_kept(tmp_path: Path) -> None:
+    memories, huge = Memories(tmp_path), np.float32([3e38, -3e38, 0])
+    memories.keep(4, 2, [huge])
+
+    assert np.array_equal(memories.recall(4, 2), huge)
 
 
 def test_a_file_is_overwritten_without_being_read(tmp_path: Path) -> None:
