@@ -24,7 +24,7 @@ from femfed import UserError, keep_freed_memory
 from femfed.data.store import Rows, Writer
 from femfed.deferred import Correct, Deferred, Kept, KnownAs, corrections_of
 from femfed.forward import Dropouts, drops, forward
-from femfed.local import GRID, LARGEST_SUM, DivergedError, Local, unflatten
+from femfed.local import GRID, LARGEST_SUM, DivergedError, Local, is_finite, unflatten
 from femfed.models import Model
 from femfed.seeds import generator
 from femfed.strategies.base import PIECE, Outcome, Strategy, Weights, pieces, squared_norm
@@ -272,7 +272,7 @@ class LocalTraining:
         for delta in self._delta_chunks():
             vector[start : start + delta.size] = delta
             start += delta.size
-        if not np.isfinite(vector).all():
+        if not is_finite(vector):
             raise DivergedError("the update holds NaN or infinity")
 
     def _delta_chunks(self) -> Iterator[NDArray[np.float32]]:

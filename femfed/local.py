@@ -71,3 +71,10 @@ def unflatten(vector: NDArray[Any], shapes: Sequence[tuple[int, ...]]) -> list[N
         raise ValueError(f"{vector.size} weights; expected {ends[-1]} for layers {shapes}")
     starts = [0, *ends[:-1]]
     return [vector[a:b].reshape(s) for a, b, s in zip(starts, ends, shapes, strict=True)]
+
+
+def is_finite(array: NDArray[np.float32]) -> bool:
+    """Return whether no number is NaN or infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = np.vdot(array, array)  # half the time, and finite unless they are huge
+    return bool(np.isfinite(square) or np.isfinite(array).all())

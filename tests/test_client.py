@@ -1,6 +1,7 @@
 """The client: a plain loop written here is the truth for the compiled local epoch."""
 
 import gc
+import itertools
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from femfed.data.store import CLASSES, Writer
 from femfed.deferred import Deferred
 from femfed.forward import Dropouts, forward
 from femfed.linear import Linear
-from femfed.local import DivergedError, Local, flatten, unflatten
+from femfed.local import DivergedError, Local, flatten, is_finite, unflatten
 from femfed.models import CNN, Dense, Model, PooledCNN
 from femfed.seeds import generator
 from femfed.strategies.base import Strategy
@@ -783,6 +784,21 @@ def test_training_goes_on_after_a_divergence() -> None:
 
 
 # vectors and layers
+
+
+@pytest.mark.parametrize("shape", [(0,), (7,), (100_003,), (3, 5, 2)])
+def test_numbers_are_finite_however_large(shape: tuple[int, ...]) -> None:
+    for number in (0, 1, -3e38, 1e-45):
+        assert is_finite(np.full(shape, number, np.float32))
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_one_number_that_is_not_finite_is_seen(number: float) -> None:
+    for value, at in itertools.product((0, 1, -3e38), (0, 50_000, 100_002)):
+        array = np.full(100_003, value, np.float32)
+        array[at] = number
+        assert not is_finite(array)
+    assert not is_finite(np.float32([[1, 2], [number, 3]]))
 
 
 def test_a_vector_and_its_layers() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import importlib
 import inspect
+import os
 import shutil
 import signal
 import subprocess
@@ -109,18 +110,28 @@ from femfed.engine import ray as engine
 with engine._ray(workers=1, object_store=engine.OBJECT_STORE):
     import ray
     from flwr.simulation.ray_transport.ray_actor import ClientAppActor
-    def imported(self):
-        import sys
-        return list(sys.modules)
-    print(*ray.get(ClientAppActor.remote().__ray_call__.remote(imported)))
+    def about(self):
+        import os, sys
+        return [os.nice(0), *sys.modules]
+    print(*ray.get(ClientAppActor.remote().__ray_call__.remote(about)))
 """
 
 
-def test_workers_import_what_they_need_before_flower_does() -> None:
-    """Flower's actor would bring all of its engine, and TensorFlow with pictures."""
+@pytest.fixture(scope="module")
+def in_a_worker() -> list[str]:
+    """A worker's niceness, and the modules it has imported."""
     command = [sys.executable, "-c", IN_A_WORKER]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-    imported = set(done.stdout.split())
+    return done.stdout.split()
+
+
+def test_workers_let_no_more_programs_go_first_than_the_driver(in_a_worker: list[str]) -> None:
+    assert int(in_a_worker[0]) == os.nice(0)
+
+
+def test_workers_import_what_they_need_before_flower_does(in_a_worker: list[str]) -> None:
+    """Flower's actor would bring all of its engine, and TensorFlow with pictures."""
+    imported = set(in_a_worker[1:])
     ours = {"femfed.client", "femfed.engine.apps", "femfed.engine.preload", "keras"}
     assert {*ours, "flwr.simulation.ray_transport.ray_actor"} <= imported
     assert not {"flwr.simulation", "sqlalchemy", "fastapi", "matplotlib"} & imported

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from femfed.local import DivergedError
+from femfed.local import DivergedError, is_finite
 
 Vector = NDArray[np.float32]
 
@@ -44,7 +44,7 @@ class Memories:
         Raises:
             DivergedError: it holds NaN or infinity.
         """
-        if not all(_finite(vector) for vector in vectors):
+        if not all(is_finite(vector) for vector in vectors):
             raise DivergedError("what the client remembers holds NaN or infinity")
         size = sum(vector.size for vector in vectors)
         numbers = [vector.view(np.uint8).data for vector in vectors]
@@ -163,12 +163,6 @@ def _header(size: int) -> bytes:
     about = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": (size,)}
     length = BLOCK - len(magic) - 2
     return magic + length.to_bytes(2, "little") + str(about).ljust(length - 1).encode() + b"\n"
-
-
-def _finite(vector: Vector) -> bool:
-    with np.errstate(over="ignore", invalid="ignore"):
-        square = vector @ vector  # half the time, and finite unless something is not or is huge
-    return bool(np.isfinite(square) or np.isfinite(vector).all())
 
 
 def _write(descriptor: int, parts: list[memoryview]) -> None:

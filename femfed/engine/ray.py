@@ -37,6 +37,7 @@ CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux's prctl
 API_SERVER, PARAMETERS = "start_api_server", "RayParams"
 SET_HANDLER, GET_NODE = "set_sigterm_handler", "get_node"
 SETTINGS = {  # of Ray, for this Ray only
+    "worker_niceness": 0,  # Ray's 15 would let every other program go first
     "preload_python_modules": ["femfed.engine.preload"],
     # Its server looks for its own object store before that is there, and then sleeps: a second, ten
     # times, as Ray comes. Workers that wait for the server take the same.
@@ -228,7 +229,6 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
     # Read when ray is imported: it makes Ray take the loopback address as this node's, so that its
     # servers listen there and nowhere else (Ray resolves a loopback `_node_ip_address` away).
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ.update(RAY_worker_niceness="0")  # Ray's 15 would let every other program go first
     import ray
 
     with OwnedFolder(Path(tempfile.gettempdir()), PREFIX) as owned, _adopting():

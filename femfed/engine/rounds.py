@@ -11,6 +11,7 @@ import numpy as np
 from femfed import RunError
 from femfed.data.store import CLASSES, WriterStore
 from femfed.engine.federation import Federation, Writers
+from femfed.local import is_finite
 from femfed.seeds import generator
 from femfed.strategies.base import Cohort, Outcome, State, Strategy, Update, Weights
 
@@ -193,7 +194,7 @@ def run_rounds(
 
 def _check(number: int, weights: Weights, trained: Trained) -> None:
     loss, _ = pooled(trained.outcomes)
-    finite = all(np.isfinite(layer).all() for layer in weights)
+    finite = all(is_finite(layer) for layer in weights)
     if finite and (loss is None or loss < DIVERGED):
         return
     what = f"a training loss of {loss:.3g}" if finite else "weights that are not finite"
