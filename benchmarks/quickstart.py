@@ -14,6 +14,8 @@ import sys
 import time
 from typing import Any
 
+os.environ.update(RAY_worker_niceness="0")  # as our workers: Ray's 15 lets every program go first
+
 import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp

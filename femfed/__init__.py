@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 os.environ.update(
     TF_NUM_INTRAOP_THREADS="1",
     TF_NUM_INTEROP_THREADS="1",
-    OPENBLAS_NUM_THREADS="1",  # of NumPy, in the robust rules' distances
+    OPENBLAS_NUM_THREADS="1",  # of NumPy: distances, sums of squares
     TF_CPP_MIN_LOG_LEVEL="3",
     TF_FORCE_GPU_ALLOW_GROWTH="true",
     KERAS_BACKEND="tensorflow",

@@ -134,7 +134,7 @@ def test_more_vectors_than_the_system_writes_in_a_call_are_kept(tmp_path: Path) 
 
 def test_a_write_that_ends_early_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memories, long = Memories(tmp_path), np.arange(20_000, dtype=np.float32)
-    monkeypatch.setattr(os, "writev", lambda to, parts: os.write(to, parts[0][:9_001]))
+    monkeypatch.setattr(os, "writev", lambda to, parts: os.write(to, b"".join(parts)[:9_001]))
     memories.keep(4, 2, [long, np.float32([1, 2]), long[:0], long])
 
     assert np.array_equal(memories.recall(4, 2), np.float32([*long, 1, 2, *long]))

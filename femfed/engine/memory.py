@@ -41,13 +41,18 @@ class Memories:
     def keep(self, client: int, round: int, vectors: Sequence[Vector]) -> None:
         """Write what a client remembers after a round as one vector, whole or not at all.
 
+        Args:
+            client: which.
+            round: the round.
+            vectors: flat, of float32; one after the other in the file.
+
         Raises:
             DivergedError: it holds NaN or infinity.
         """
         if not all(is_finite(vector) for vector in vectors):
             raise DivergedError("what the client remembers holds NaN or infinity")
         size = sum(vector.size for vector in vectors)
-        numbers = [vector.view(np.uint8).data for vector in vectors]
+        numbers = [np.asarray(vector, np.float32).view(np.uint8).data for vector in vectors]
         parts = [memoryview(_header(size)), *numbers, memoryview(bytes(-4 * size % BLOCK))]
         self._folder.mkdir(exist_ok=True)
         path = self._path(client, round)
@@ -166,9 +171,10 @@ def _header(size: int) -> bytes:
 
 
 def _write(descriptor: int, parts: list[memoryview]) -> None:
-    """Write parts one after the other, all in one call: no block is written in part between them.
+    """Write parts one after the other; `parts` is empty afterwards.
 
-    It takes no more than `IOV_MAX` parts and 2 GiB, and what a disk has room for.
+    In one call, so that no block is written in part where one of them ends and the next begins. If
+    it writes some of them only, as of more than `IOV_MAX` or 2 GiB, another one follows.
     """
     while parts:
         written = os.writev(descriptor, parts[:IOV_MAX])
