@@ -13,6 +13,7 @@ Weights = list[NDArray[np.float32]]
 State = dict[str, Weights]
 
 KEPT = 2  # the one before the newest is there should the newest be damaged
+SPARE = ".spare"  # the file to overwrite
 
 
 class DamagedError(ValueError):
@@ -37,9 +38,10 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `folder/round_NNNNNN.npz` and remove all but the newest two.
+    """Write `folder/round_NNNNNN.npz` and let go of all but the newest two.
 
-    The file is written aside, synced and renamed, so that it is whole whenever it is there.
+    The file is written aside, synced and renamed, so that it is whole whenever it is there. It
+    overwrites one that was let go: its pages are in memory, and new ones cost more than the rest.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = path_of(folder, checkpoint.round)
@@ -53,8 +55,10 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     about = json.dumps(known).encode()
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with partial.open("wb") as file:
+        mode = "r+b" if takes(folder / SPARE, partial) else "wb"
+        with partial.open(mode) as file:
             np.savez(file, allow_pickle=False, about=np.frombuffer(about, np.uint8), **arrays)
+            file.truncate()
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -62,8 +66,30 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         partial.unlink(missing_ok=True)
     others = [path_of(folder, round) for round in rounds(folder) if round != checkpoint.round]
     for old in others[: -(KEPT - 1)]:
-        old.unlink()
+        old.replace(folder / SPARE)
     return path
+
+
+def takes(spare: Path, partial: Path) -> bool:
+    """Move a file that nobody needs to where it is overwritten; return whether there is one.
+
+    Somebody needs one that has other names, as those of a copy made of hard links, or that is not
+    to be written to: it loses the name it had here.
+    """
+    try:
+        spare.rename(partial)
+    except FileNotFoundError:  # or another process was sooner
+        return False
+    if partial.stat().st_nlink == 1 and os.access(partial, os.W_OK):
+        return True
+    partial.unlink()
+    return False
+
+
+def remove_others(folder: Path) -> None:
+    """Remove what is no checkpoint: the file to overwrite, and what a killed process had begun."""
+    for path in folder.glob(".*"):
+        path.unlink()
 
 
 def rounds(folder: Path) -> list[int]:

@@ -96,6 +96,7 @@ class Results:
                     "differ from those of an undisturbed run"
                 )
         self._memories.rewind(begun.round if begun else 0)
+        checkpoint.remove_others(folder)
         (self._folder / "summary.json").unlink(missing_ok=True)
         self._events = Events(self._folder, rows)
         for name in ("total", "train", "evaluate"):
@@ -128,6 +129,7 @@ class Results:
             self._memories.prune(checkpoint.rounds(folder)[0])
             if finished.is_last:
                 self._memories.remove_spare()
+                checkpoint.remove_others(folder)
         self._progress.round(line, clients)
 
     def finish(

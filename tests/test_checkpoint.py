@@ -1,13 +1,23 @@
 """Checkpoints: read back exactly, two are kept, whole or not there, damage is seen."""
 
 import hashlib
+import os
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from femfed.checkpoint import Checkpoint, DamagedError, load, save, sha256
+from femfed.checkpoint import (
+    Checkpoint,
+    DamagedError,
+    load,
+    path_of,
+    remove_others,
+    rounds,
+    save,
+    sha256,
+)
 
 A_FLOAT = np.float32(0.1)
 
@@ -42,7 +52,78 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     for number in (8, 9, 10, 11):
         save(tmp_path, a_checkpoint(number))
 
+    assert rounds(tmp_path) == [10, 11]
+    assert len(list(tmp_path.iterdir())) == 3  # and one to overwrite
+    remove_others(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["round_000010.npz", "round_000011.npz"]
+    remove_others(tmp_path)
+
+
+def test_one_that_nobody_needs_is_overwritten(tmp_path: Path) -> None:
+    short = Checkpoint(4, [np.float32([1, 2])], {})
+    with save(tmp_path, a_checkpoint(1)).open("rb") as first:  # or a new file could get its number
+        for number in (2, 3):
+            save(tmp_path, a_checkpoint(number))
+
+        path = save(tmp_path, short)
+
+        assert path.stat().st_ino == os.fstat(first.fileno()).st_ino
+    assert path.stat().st_size == save(tmp_path / "new", short).stat().st_size
+    assert load(path).weights[0].tolist() == [1, 2]
+    assert [load(path_of(tmp_path, number)).round for number in rounds(tmp_path)] == [3, 4]
+
+
+def test_one_that_somebody_linked_to_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "kept").hardlink_to(save(tmp_path, a_checkpoint(1)))
+    before = (tmp_path / "kept").read_bytes()
+
+    for number in (2, 3, 4):
+        save(tmp_path, a_checkpoint(number))
+
+    assert (tmp_path / "kept").read_bytes() == before
+    assert rounds(tmp_path) == [3, 4]
+
+
+def test_one_that_is_not_to_be_written_to_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("femfed.checkpoint.os.access", lambda path, mode: mode != os.W_OK)
+    with save(tmp_path, a_checkpoint(1)).open("rb") as first:
+        before = first.read()
+        for number in (2, 3, 4):
+            save(tmp_path, a_checkpoint(number))
+        first.seek(0)
+
+        assert first.read() == before
+    assert rounds(tmp_path) == [3, 4]
+
+
+def test_what_a_killed_process_had_begun_is_removed(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        save(tmp_path, a_checkpoint(number))
+    (tmp_path / ".round_000004.npz.123").write_bytes(b"half")
+
+    remove_others(tmp_path)
+
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["round_000002.npz", "round_000003.npz"]
+
+
+def test_a_failed_overwriting_leaves_the_newest_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2, 3):
+        save(tmp_path, a_checkpoint(number))
+
+    monkeypatch.setattr("femfed.checkpoint.os.fsync", full)
+    with pytest.raises(OSError, match="full"):
+        save(tmp_path, a_checkpoint(4))
+
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["round_000002.npz", "round_000003.npz"]
+    assert [load(path_of(tmp_path, number)).round for number in (2, 3)] == [2, 3]
+
+
+def full(descriptor: int) -> None:
+    raise OSError("full")
 
 
 def test_what_was_just_saved_is_there(tmp_path: Path) -> None:
@@ -63,9 +144,6 @@ def test_saving_a_round_again_replaces_it(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = save(tmp_path, a_checkpoint(1))
-
-    def full(descriptor: int) -> None:
-        raise OSError("full")
 
     monkeypatch.setattr("femfed.checkpoint.os.fsync", full)
     with pytest.raises(OSError, match="full"):

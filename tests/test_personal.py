@@ -2,8 +2,10 @@
 
 import os
 import re
+from ctypes import c_int64
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from femfed.data.store import Handwriting, Writer, WriterStore, stored
 from femfed.engine.apps import Job, Run
 from femfed.engine.federation import Federation
 from femfed.engine.inline import InlineEngine
-from femfed.engine.memory import IOV_MAX, Memories
+from femfed.engine.memory import BLOCK, IOV_MAX, Memories
 from femfed.engine.rounds import Round, Schedule
 from femfed.local import DivergedError, Local, flatten
 from femfed.models import Dense
@@ -166,6 +168,25 @@ def test_a_file_is_overwritten_without_being_read(tmp_path: Path) -> None:
     assert np.array_equal(memories.recall(0, 5), np.concatenate(vectors))
 
 
+@pytest.mark.parametrize("can", [True, False])
+def test_the_disk_begins_with_a_file_once_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can: bool
+) -> None:
+    """`sync` waits for what is left; a C library that cannot begin leaves it all to that."""
+    begun: list[tuple[int, int, int, int]] = []
+
+    def begin(descriptor: int, start: c_int64, length: c_int64, flags: int) -> None:
+        begun.append((os.fstat(descriptor).st_size, start.value, length.value, flags))
+
+    library = SimpleNamespace(**({"sync_file_range": begin} if can else {}))
+    monkeypatch.setattr("femfed.engine.memory.ctypes.CDLL", lambda name: library)
+    memories = Memories(tmp_path)
+    memories.keep(0, 1, [np.float32([1, 2])])
+
+    assert begun == [(BLOCK + 8, 0, 0, 2)] * can
+    assert memories.recall(0, 1).tolist() == [1, 2]
+
+
 def test_a_version_is_let_go_from_memory_and_its_file_stays(tmp_path: Path) -> None:
     memories, long = on_a_disk(tmp_path), np.arange(2_000_000, dtype=np.float32)
     memories.keep(0, 1, [long])
@@ -283,6 +304,20 @@ def test_what_nobody_needs_is_overwritten(tmp_path: Path) -> None:
     assert sorted(path.name[:13] for path in tmp_path.iterdir()) == [
         f"client_{client:06d}" for client in (0, 1, 1, 2)
     ]
+
+
+def test_a_version_that_somebody_linked_to_stays_as_it_is(tmp_path: Path) -> None:
+    memories = Memories(tmp_path / "memory")
+    for round in (1, 2):
+        memories.keep(0, round, [np.float32([round])])
+    theirs = tmp_path / "theirs.npy"
+    theirs.hardlink_to(tmp_path / "memory" / "client_000000_round_000001.npy")
+
+    memories.prune(2)
+    memories.keep(0, 3, [np.float32([3])])
+
+    assert np.load(theirs).tolist() == [1]
+    assert memories.recall(0, 3).tolist() == [3]
 
 
 @pytest.mark.parametrize("bundle", [None, 1])

@@ -116,6 +116,20 @@ def test_a_run_ended_in_its_last_round_runs_it_again(
     assert faults.result(five) == expected
 
 
+def test_nothing_but_checkpoints_is_left_beside_them(
+    five: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = ["round_000004.npz", "round_000005.npz"]
+    assert sorted(path.name for path in (five / "checkpoint").iterdir()) == two
+    unfinished(five)
+    for name in (".round_000005.npz.123", ".spare"):  # of a process that was killed
+        (five / "checkpoint" / name).write_bytes(b"half")
+
+    resume(monkeypatch, five)
+
+    assert sorted(path.name for path in (five / "checkpoint").iterdir()) == two
+
+
 def test_a_run_without_a_checkpoint_starts_again(
     five: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
