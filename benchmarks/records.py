@@ -72,14 +72,13 @@ def main() -> None:
         for name in options.strategies:
             strategy = config.make(config.compose([f"strategy={name}"]).strategy, "strategy")
             with (
-                temporary_cache() as cache,
                 temporary_cache() as folder,
                 RayEngine(CORES, False, MODELS[model].parameters) as engine,
             ):
-                store = equal_writers(Path(cache), clients)
+                store = equal_writers(Path(folder), clients)
                 rounds = WARM_UP + options.rounds + 1
                 work = job(store, MODELS[model], clients, rounds, strategy=strategy)
-                work = replace(work, memory=Path(folder) / "memory")
+                work = replace(work, memory=Path(folder) / "run" / "memory")
                 whole, left, floors = measure(engine, work)
             print(
                 f"{model:<10} {clients:>7}  {name:<12}  {np.median(floors):>11.3f}  "

@@ -87,9 +87,9 @@ def takes(spare: Path, partial: Path) -> bool:
 
 
 def remove_others(folder: Path) -> None:
-    """Remove what is no checkpoint: the file to overwrite, and what a killed process had begun."""
-    for path in folder.glob(".*"):
-        path.unlink()
+    """Remove the file to overwrite, and what killed processes had begun; nobody else's files."""
+    for path in [folder / SPARE, *folder.glob(".round_*")]:
+        path.unlink(missing_ok=True)
 
 
 def rounds(folder: Path) -> list[int]:

@@ -102,10 +102,15 @@ def test_what_a_killed_process_had_begun_is_removed(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         save(tmp_path, a_checkpoint(number))
     (tmp_path / ".round_000004.npz.123").write_bytes(b"half")
+    (tmp_path / ".theirs").touch()
 
     remove_others(tmp_path)
 
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["round_000002.npz", "round_000003.npz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".theirs",
+        "round_000002.npz",
+        "round_000003.npz",
+    ]
 
 
 def test_a_failed_overwriting_leaves_the_newest_two(
