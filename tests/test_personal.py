@@ -1,5 +1,7 @@
 """Clients that keep something: memory, personal heads and models, and the two baselines."""
 
+import errno
+import fcntl
 import os
 import re
 from ctypes import c_int64
@@ -17,7 +19,7 @@ from femfed.data.store import Handwriting, Writer, WriterStore, stored
 from femfed.engine.apps import Job, Run
 from femfed.engine.federation import Federation
 from femfed.engine.inline import InlineEngine
-from femfed.engine.memory import BLOCK, IOV_MAX, Memories
+from femfed.engine.memory import BLOCK, IOV_MAX, Memories, Uncached
 from femfed.engine.rounds import Round, Schedule
 from femfed.local import DivergedError, Local, flatten
 from femfed.models import Dense
@@ -158,7 +160,7 @@ def test_a_file_is_overwritten_without_being_read(tmp_path: Path) -> None:
     read = []
     for round in (3, 4, 5):  # whatever else this process needs from the disk, it needs once
         memories.sync(after=0)
-        memories.release(0, round - 2)
+        leave_the_cache(memories.path(0, round - 2))
         memories.prune(round - 1)
         before = counted("read_bytes")
         memories.keep(0, round, vectors)
@@ -187,23 +189,6 @@ def test_the_disk_begins_with_a_file_once_it_is_written(
     assert memories.recall(0, 1).tolist() == [1, 2]
 
 
-def test_a_version_is_let_go_from_memory_and_its_file_stays(tmp_path: Path) -> None:
-    memories, long = on_a_disk(tmp_path), np.arange(2_000_000, dtype=np.float32)
-    memories.keep(0, 1, [long])
-    memories.sync(after=0)
-    before = counted("read_bytes")
-    assert np.array_equal(memories.recall(0, 1), long)
-    assert counted("read_bytes") - before < long.nbytes // 2
-
-    memories.release(0, 0)  # before its first
-    memories.release(1, 1)  # gone meanwhile
-    memories.release(0, 1)
-
-    before = counted("read_bytes")
-    assert np.array_equal(memories.recall(0, 1), long)
-    assert counted("read_bytes") - before >= long.nbytes
-
-
 def on_a_disk(folder: Path) -> Memories:
     """Return the memories in a folder; skip where what is written stays in memory."""
     before = counted("write_bytes")
@@ -214,11 +199,18 @@ def on_a_disk(folder: Path) -> Memories:
     return Memories(folder)
 
 
+def leave_the_cache(path: Path) -> None:
+    if path.exists():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def test_a_file_of_an_earlier_femfed_is_read_and_overwritten(tmp_path: Path) -> None:
     memories = Memories(tmp_path)
     for round in (1, 2):
         np.save(tmp_path / f"client_000003_round_{round:06d}.npy", np.float32([1, 2, round]))
     assert memories.recall(3, 2).tolist() == [1, 2, 2]
+    assert Uncached(memories).recall(3, 2).tolist() == [1, 2, 2]
 
     memories.prune(2)
     memories.keep(3, 3, [np.float32([4])])
@@ -251,20 +243,21 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     memories.keep(4, 2, [np.arange(9, dtype=np.float32)])
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
-    for other in (whole[:-1], whole[:-4], whole + b"\0", b"", b"PK\3\4", whole[:30]):
-        path.write_bytes(other)
-        with pytest.raises(ValueError, match=r"holds \d+ bytes|EOF: reading"):
-            memories.recall(4, 2)
-    for array in (np.zeros((3, 3), np.float32), np.zeros(9)):
-        np.save(path, array)
-        with pytest.raises(ValueError, match=r"holds \d+ bytes"):
-            memories.recall(4, 2)
-    np.save(path, np.array([None]))
-    with pytest.raises(ValueError, match="allow_pickle"):
-        memories.recall(4, 2)
+    for reader in (memories, Uncached(memories)):
+        for other in (whole[:-1], whole[:-4], whole + b"\0", b"", b"PK\3\4", whole[:30]):
+            path.write_bytes(other)
+            with pytest.raises(ValueError, match=r"holds \d+ bytes|EOF: reading"):
+                reader.recall(4, 2)
+        for array in (np.zeros((3, 3), np.float32), np.zeros(9)):
+            np.save(path, array)
+            with pytest.raises(ValueError, match=r"holds \d+ bytes"):
+                reader.recall(4, 2)
+        np.save(path, np.array([None]))
+        with pytest.raises(ValueError, match="allow_pickle"):
+            reader.recall(4, 2)
 
-    path.write_bytes(whole)
-    assert memories.recall(4, 2).tolist() == list(range(9))
+        path.write_bytes(whole)
+        assert reader.recall(4, 2).tolist() == list(range(9))
 
 
 def test_pruning_leaves_what_a_resumed_run_needs(tmp_path: Path) -> None:
@@ -320,9 +313,106 @@ def test_a_version_that_somebody_linked_to_stays_as_it_is(tmp_path: Path) -> Non
     assert memories.recall(0, 3).tolist() == [3]
 
 
-@pytest.mark.parametrize("bundle", [None, 1])
+def test_past_the_cache_the_same_files_are_written_and_read(tmp_path: Path) -> None:
+    memories, other = Memories(tmp_path / "one"), Memories(tmp_path / "other")
+    long = np.arange(200_000, dtype=np.float32)
+    kept = {1: [long, np.float32([1, 2]), long[:0]], 2: [long[:1024]], 3: [long[:5]]}
+    with Uncached(other) as uncached:
+        for round, vectors in kept.items():
+            memories.keep(0, round, vectors)
+            uncached.keep(0, round, vectors)
+
+    names = [path.name for path in sorted((tmp_path / "one").iterdir())]
+    assert [path.name for path in sorted((tmp_path / "other").iterdir())] == names
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    for round, vectors in kept.items():
+        assert np.array_equal(uncached.recall(0, round), np.concatenate(vectors))
+        assert np.array_equal(other.recall(0, round), np.concatenate(vectors))
+
+
+def test_what_is_read_ahead_need_not_be_recalled(tmp_path: Path) -> None:
+    memories = Memories(tmp_path)
+    for client in range(6):
+        memories.keep(client, 1, [np.full(5_000, client, np.float32)])
+    with Uncached(memories) as uncached:
+        for ahead, client in ((1, 1), (2, 3), (3, 4), (5, 5)):
+            before = uncached.recall(0, 1)
+            uncached.read_ahead(ahead, 1)
+            assert np.all(before == 0)  # TensorFlow may work there meanwhile
+            assert np.all(uncached.recall(client, 1) == client)
+        uncached.read_ahead(2, 1)
+        assert uncached.recall(3, 0) is None
+        uncached.read_ahead(3, 0)
+        assert np.all(uncached.recall(4, 1) == 4)
+        uncached.read_ahead(9, 1)  # there is none
+    assert np.all(uncached.recall(2, 1) == 2)
+    with pytest.raises(FileNotFoundError):
+        uncached.recall(9, 1)
+
+
+def test_what_goes_past_the_cache_leaves_nothing_there(tmp_path: Path) -> None:
+    memories, long = on_a_disk(tmp_path), np.arange(2_000_000, dtype=np.float32)
+    if not hasattr(os, "O_DIRECT"):
+        pytest.skip("this system cannot")
+    with Uncached(memories) as uncached:
+        uncached.keep(0, 1, [long])
+    for _ in range(2):
+        before = counted("read_bytes")
+        assert np.array_equal(uncached.recall(0, 1), long)
+        assert counted("read_bytes") - before >= long.nbytes
+
+
+@pytest.mark.parametrize("call", ["fcntl", "writev", "readv"])
+def test_a_file_system_that_knows_no_other_way_goes_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Some refuse it at once, others for blocks that are too small for them."""
+    place = fcntl if call == "fcntl" else os
+    real, direct = getattr(place, call), getattr(os, "O_DIRECT", 0)
+
+    def refusing(descriptor: int, *about: Any) -> Any:
+        flags = about[-1] if call == "fcntl" else fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        if flags & direct:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(descriptor, *about)
+
+    monkeypatch.setattr(place, call, refusing)
+    with Uncached(Memories(tmp_path)) as uncached:
+        for round in (1, 2):
+            uncached.keep(0, round, [np.float32([1, 2, round])])
+
+    assert [uncached.recall(0, round).tolist() for round in (1, 2)] == [[1, 2, 1], [1, 2, 2]]
+
+
+def test_what_could_not_be_written_is_told_later_and_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, parts: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    memories = Memories(tmp_path)
+    uncached = Uncached(memories)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "writev", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*client_000007_round_000002"):
+            memories.keep(7, 2, [np.float32([1])])
+        with uncached:
+            uncached.keep(0, 1, [np.float32([1])])
+            with pytest.raises(OSError, match=r"No space left.*client_000000_round_000001"):
+                uncached.keep(1, 1, [np.float32([1])])
+        with pytest.raises(OSError, match=r"No space left.*client_000002_round_000001"), uncached:
+            uncached.keep(2, 1, [np.float32([1])])
+    assert not list(tmp_path.iterdir())
+
+    with uncached:
+        uncached.keep(0, 1, [np.float32([1])])
+    assert uncached.recall(0, 1).tolist() == [1]
+
+
+@pytest.mark.parametrize("bundle", [None, 1, 2])
 @pytest.mark.parametrize("short_of", [0, 2])
-def test_where_memory_is_short_versions_are_released_once_trained_from(
+def test_where_memory_is_short_they_go_past_the_cache_to_the_same_bits(
     store: WriterStore,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -330,21 +420,31 @@ def test_where_memory_is_short_versions_are_released_once_trained_from(
     bundle: int | None,
 ) -> None:
     """Three versions of three clients' weights may take half of the memory, and no more."""
+    _, expected = finish(store, tmp_path / "with_room", Ditto(0.5), bundle=bundle)
     available = 2 * 3 * 3 * 4 * MODEL.parameters - short_of
-    released: list[tuple[int, int]] = []
-    monkeypatch.setattr("femfed.engine.apps.available_memory", lambda: available)
-    monkeypatch.setattr(Memories, "release", lambda self, *version: released.append(version))
-    _, rounds = finish(store, tmp_path, LocalOnly(), bundle=bundle)
+    recalled: list[tuple[int, int]] = []
+    recall = Uncached.recall
 
-    recalled = set()
+    def noted(self: Uncached, client: int, round: int) -> Any:
+        recalled.append((client, round))
+        return recall(self, client, round)
+
+    monkeypatch.setattr("femfed.engine.apps.available_memory", lambda: available)
+    monkeypatch.setattr(Uncached, "recall", noted)
+    job, rounds = finish(store, tmp_path / "short", Ditto(0.5), bundle=bundle)
+
     newest: dict[int, int] = {}
+    versions = set()
     for each in rounds:
-        recalled |= {(client, newest[client]) for client in each.cohort if client in newest}
+        versions |= {(client, newest.get(client, 0)) for client in each.cohort}
         newest |= dict.fromkeys(each.cohort, each.number)
-    assert recalled
-    old = {(client, round) for client, round in released if round}
-    assert old < recalled  # not the last one's
-    assert bool(old) == bool(short_of)
+    assert any(round for _, round in versions)
+    assert set(recalled) == (versions if short_of else set())
+    for ours, theirs in zip(rounds, expected, strict=True):
+        assert same(ours.weights, theirs.weights)
+    for client in newest:
+        theirs = Memories(tmp_path / "with_room" / "memory").recall(client, newest[client])
+        assert np.array_equal(own(job, client, rounds), theirs)
 
 
 def test_a_strategy_without_memory_leaves_no_folder(store: WriterStore, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from femfed import PICTURES_AND_TABLES, RunError, UserError, light_imports
 from femfed.data.store import Writer, WriterStore
 from femfed.engine.federation import Federation, Writers
 from femfed.engine.footprint import available_memory, forget_peak, peak_memory
-from femfed.engine.memory import Memories
+from femfed.engine.memory import Memories, Uncached
 from femfed.engine.rounds import Round, Schedule, Trained, run_rounds
 from femfed.engine.wire import (
     NOBODY,
@@ -104,8 +104,8 @@ class Worker:
         sends, receives = 1 + self.strategy.sends_extra, 1 + len(self.strategy.broadcasts)
         self.inbox = Inbox(self.training.parameters, sends, receives)
         self.memories = Memories(Path(parts["memory"]))
+        self.uncached = Uncached(self.memories)
         self.folded = ""  # the attempt at a round that this worker's sum is of
-        self.trained_from = NOBODY, 0  # the client trained last, and the version it began with
         self._loaded = ""
 
     def writer(self, index: int) -> Writer:
@@ -204,42 +204,44 @@ def train(message: Message, context: Context) -> Message:
     # The cohort's newest versions, those before and those to be overwritten: too much to keep?
     size = sum(vector.nbytes for vector in training.memory())
     crowded = strategy.remembers and 3 * task["cohort"] * size > available_memory() // 2
+    memories = worker.uncached if crowded else worker.memories
     places: list[int] = []  # of the clients that complete the round
     dropped: list[str] = []
-    for place in worker.inbox.places(message.content, task["turns"], len(clients)):
-        client, version = clients[place], task["versions"][place]
-        start = time.perf_counter()
-        worker.inbox.note(message.content, client)
-        if strategy.pools:
-            writer = worker.pool(task["writers"], task["examples"], task["round"])
-        else:
-            writer = worker.writer(task["writers"][place])
-        try:
-            if strategy.remembers:
-                training.load_memory(worker.memories.recall(client, version))
-            epochs = 1 if strategy.pools else None
-            outcome = training.train(writer, task["round"], client, epochs)
-            weight = strategy.weight(outcome, task["most_steps"])
-            if not strategy.averages:
-                training.delta(updates[place])
-            elif task["drop"]:
-                training.check(weight)
-            if strategy.remembers:
-                worker.memories.keep(client, task["round"], training.memory())
-                if crowded:  # not yet of this client, which TensorFlow may still hold
-                    worker.memories.release(*worker.trained_from)
-                worker.trained_from = client, version
-            if strategy.sums:  # last: who is dropped has added nothing
-                largest += training.fold(weight, total, first=fresh)
-                fresh, worker.folded = False, task["attempt"]
-        except Exception as error:
-            if not task["drop"] or isinstance(error, TOLD):
-                return _failed(message, _named(writer, client, error), error)
-            dropped.append(_named(writer, client, error))
-            continue
-        places.append(place)
-        outcomes.append(outcome)
-        seconds.append(time.perf_counter() - start)
+    with worker.uncached:
+        for place in worker.inbox.places(message.content, task["turns"], len(clients)):
+            client, version = clients[place], task["versions"][place]
+            start = time.perf_counter()
+            worker.inbox.note(message.content, client)
+            if strategy.pools:
+                writer = worker.pool(task["writers"], task["examples"], task["round"])
+            else:
+                writer = worker.writer(task["writers"][place])
+            try:
+                if strategy.remembers:
+                    training.load_memory(memories.recall(client, version))
+                    if crowded and place + task["apart"] < len(clients):
+                        ahead = place + task["apart"]
+                        worker.uncached.read_ahead(clients[ahead], task["versions"][ahead])
+                epochs = 1 if strategy.pools else None
+                outcome = training.train(writer, task["round"], client, epochs)
+                weight = strategy.weight(outcome, task["most_steps"])
+                if not strategy.averages:
+                    training.delta(updates[place])
+                elif task["drop"]:
+                    training.check(weight)
+                if strategy.remembers:
+                    memories.keep(client, task["round"], training.memory())
+                if strategy.sums:  # last: who is dropped has added nothing
+                    largest += training.fold(weight, total, first=fresh)
+                    fresh, worker.folded = False, task["attempt"]
+            except Exception as error:
+                if not task["drop"] or isinstance(error, TOLD):
+                    return _failed(message, _named(writer, client, error), error)
+                dropped.append(_named(writer, client, error))
+                continue
+            places.append(place)
+            outcomes.append(outcome)
+            seconds.append(time.perf_counter() - start)
     worker.inbox.note(message.content, NOBODY)
     about = {"places": places, "dropped": dropped, "seconds": seconds, "largest": largest}
     reply = _reply(message, context, {**_columns(outcomes), **about, "began": began})
@@ -503,6 +505,7 @@ class GridWorkers:
             "most_steps": max(steps),
             "drop": job.drop,
             "cohort": len(cohort),
+            "apart": job.workers if job.takes_turns else 1,
         }
         if job.strategy.pools:
             bundles, turns = [[0]], ""

@@ -5,16 +5,20 @@ of a round up to r, whatever was written after it. A writer who never took part 
 
 Files that nobody needs any more are overwritten rather than removed: their pages are in memory, and
 new ones for a model a client cost more than what is written there. Where there are too many for the
-memory, a version is let go from it once its client has trained. Left to itself the system takes
-those that were written and not yet read: the ones that the next round begins with.
+memory, they are written and read past the system's cache (`Uncached`). Left to itself the system
+gives up those that were written and not yet read: the ones that the next round begins with.
 """
 
 import contextlib
 import ctypes
+import errno
+import fcntl
+import io
 import mmap
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -52,21 +56,29 @@ class Memories:
         Raises:
             DivergedError: it holds NaN or infinity.
         """
-        if not all(is_finite(vector) for vector in vectors):
-            raise DivergedError("what the client remembers holds NaN or infinity")
-        size = sum(vector.size for vector in vectors)
-        numbers = [np.asarray(vector, np.float32).view(np.uint8).data for vector in vectors]
-        parts = [memoryview(_header(size)), *numbers, memoryview(bytes(-4 * size % BLOCK))]
+        parts = _parts(vectors)
+        with self.unfinished(client, round) as descriptor:
+            _write(descriptor, parts)
+            os.ftruncate(descriptor, BLOCK + sum(vector.nbytes for vector in vectors))
+            _start_writing(descriptor)
+
+    @contextlib.contextmanager
+    def unfinished(self, client: int, round: int) -> Iterator[int]:
+        """Yield the descriptor of a file that becomes a version once all is written there."""
         self._folder.mkdir(exist_ok=True)
-        path = self._path(client, round)
+        path = self.path(client, round)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            mode = "r+b" if self._takes_spare(partial) else "wb"
-            with partial.open(mode, buffering=0) as file:
-                _write(file.fileno(), parts)
-                file.truncate(BLOCK + 4 * size)
-                _start_writing(file.fileno())
+            self._take_spare(partial)
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT, 0o666)
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
             partial.replace(path)
+        except OSError as error:
+            error.filename = error.filename or str(path)  # of what was written to a descriptor
+            raise
         finally:
             partial.unlink(missing_ok=True)
 
@@ -78,31 +90,12 @@ class Memories:
         """
         if not round:
             return None
-        path = self._path(client, round)
+        path = self.path(client, round)
         with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            left = path.stat().st_size - file.tell()
-            if dtype.hasobject:
-                np.load(path, allow_pickle=False)  # refuses it
-            if version != (1, 0) or dtype != np.float32 or shape != (left // 4,) or left % 4:
-                raise ValueError(
-                    f"{path} holds {left} bytes of {dtype} {shape}; expected a vector of float32"
-                )
+            begins = _begin_of_numbers(path, file.read(BLOCK), path.stat().st_size)
             # Not read: TensorFlow works in the system's pages of the file, which stays as it is.
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            return np.frombuffer(pages, np.float32, offset=file.tell())
-
-    def release(self, client: int, round: int) -> None:
-        """Ask the system to drop a version from memory, save what is mapped or not on disk yet.
-
-        Its file stays; where there is none any more, or `round` is 0, there is nothing to drop.
-        """
-        with (
-            contextlib.suppress(FileNotFoundError),
-            self._path(client, round).open("rb") as file,
-        ):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            return np.frombuffer(pages, np.float32, offset=begins)
 
     def versions(self, clients: int, finished: int) -> NDArray[np.int64]:
         """Return each client's newest round up to `finished`, 0 where there is none."""
@@ -114,7 +107,7 @@ class Memories:
 
     def sync(self, after: int) -> None:
         """Have the disk hold what was kept after a round, before a checkpoint counts on it."""
-        paths = [self._path(client, round) for client, round in self._kept() if round > after]
+        paths = [self.path(client, round) for client, round in self._kept() if round > after]
         for path in [*paths, *([self._folder] if paths else [])]:
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
@@ -124,7 +117,7 @@ class Memories:
         """Remove what was kept after `round`, by another run maybe, and what was not finished."""
         for client, version in self._kept():
             if version > round:
-                self._path(client, version).unlink()
+                self.path(client, version).unlink()
         for partial in self._folder.glob(".client_*"):  # of a worker that was killed
             partial.unlink()
 
@@ -142,25 +135,172 @@ class Memories:
         for client, version in kept:
             if version < newest.get(client, 0):
                 self._spare.mkdir(exist_ok=True)
-                path = self._path(client, version)
+                path = self.path(client, version)
                 path.rename(self._spare / path.name)
 
     def remove_spare(self) -> None:
         """Remove what `prune` let go of and no round has overwritten."""
         shutil.rmtree(self._spare, ignore_errors=True)
 
-    def _takes_spare(self, partial: Path) -> bool:
-        """Move a file that nobody needs to `partial`; return whether there was one."""
-        with contextlib.suppress(FileNotFoundError), os.scandir(self._spare) as spare:
-            return any(takes(Path(entry), partial) for entry in spare)
-        return False
-
-    def _path(self, client: int, round: int) -> Path:
+    def path(self, client: int, round: int) -> Path:
+        """Return where a version lies."""
         return self._folder / f"client_{client:06d}_round_{round:06d}.npy"
+
+    def _take_spare(self, partial: Path) -> None:
+        """Move a file that nobody needs to `partial`, if there is one."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._spare) as spare:
+            any(takes(Path(entry), partial) for entry in spare)
 
     def _kept(self) -> list[tuple[int, int]]:
         names = [path.stem.split("_") for path in self._folder.glob("client_*.npy")]
         return [(int(client), int(round)) for _, client, _, round in names]
+
+
+class Uncached:
+    """Keeps and recalls memories past the system's cache, while a client trains.
+
+    The disk moves them from and to buffers that are used again, where the cache would need new
+    pages for each. That takes the disk some time, but hardly any of the processor: one is written
+    and another one read while a client trains. As a context, it ends once all is written.
+
+    Args:
+        memories: of the run; whatever they kept can be recalled here, and the other way round.
+    """
+
+    def __init__(self, memories: Memories) -> None:
+        self._memories = memories
+        self._threads = ThreadPoolExecutor(max_workers=2)
+        self._writing: list[Future[None]] = []  # one at most
+        self._reading: dict[tuple[int, int], Future[Vector]] = {}  # likewise
+        self._to_write, self._to_read, self._lent = _buffer(BLOCK), _buffer(BLOCK), _buffer(BLOCK)
+
+    def __enter__(self) -> "Uncached":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._finish_reading()
+        self._finish_writing()
+
+    def keep(self, client: int, round: int, vectors: Sequence[Vector]) -> None:
+        """Begin to write what `Memories.keep` writes, once the one before is written.
+
+        Raises:
+            DivergedError: it holds NaN or infinity.
+            OSError: the one before could not be written.
+        """
+        parts = _parts(vectors)
+        self._finish_writing()
+        size = sum(len(part) for part in parts)
+        if len(self._to_write) != size:
+            self._to_write = _buffer(size)
+        self._to_write.seek(0)
+        for part in parts:
+            self._to_write.write(part)
+        end = BLOCK + sum(vector.nbytes for vector in vectors)
+        self._writing.append(self._threads.submit(self._write, client, round, end))
+
+    def read_ahead(self, client: int, round: int) -> None:
+        """Begin to read what will most likely be recalled next, unless `round` is 0."""
+        self._finish_reading()
+        if round:
+            self._reading[client, round] = self._threads.submit(self._read, client, round)
+
+    def recall(self, client: int, round: int) -> Vector | None:
+        """Return what `Memories.recall` returns, which stays until the next one is read ahead.
+
+        Raises:
+            ValueError: its file is not what `keep` writes.
+        """
+        if not round:
+            return None
+        if (client, round) not in self._reading:
+            self.read_ahead(client, round)
+        vector = self._reading.pop((client, round)).result()
+        self._to_read, self._lent = self._lent, self._to_read
+        return vector
+
+    def _finish_reading(self) -> None:
+        wait(self._reading.values())  # one that is not needed has the buffer until then
+        self._reading.clear()
+
+    def _finish_writing(self) -> None:
+        while self._writing:
+            self._writing.pop().result()
+
+    def _write(self, client: int, round: int, end: int) -> None:
+        with self._memories.unfinished(client, round) as descriptor:
+            _uncached(descriptor, lambda: _write(descriptor, [memoryview(self._to_write)]))
+            os.ftruncate(descriptor, end)
+
+    def _read(self, client: int, round: int) -> Vector:
+        path = self._memories.path(client, round)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            size = os.fstat(descriptor).st_size
+            whole = max(BLOCK, size + -size % BLOCK)
+            if len(self._to_read) != whole:
+                self._to_read = _buffer(whole)
+            _uncached(descriptor, lambda: _read(descriptor, memoryview(self._to_read)))
+        finally:
+            os.close(descriptor)
+        begins = _begin_of_numbers(path, self._to_read[:BLOCK], size)
+        return np.frombuffer(self._to_read, np.float32, (size - begins) // 4, begins)
+
+
+def _parts(vectors: Sequence[Vector]) -> list[memoryview]:
+    """Return what a file of these vectors holds, filled up to a whole block.
+
+    Raises:
+        DivergedError: they hold NaN or infinity.
+    """
+    if not all(is_finite(vector) for vector in vectors):
+        raise DivergedError("what the client remembers holds NaN or infinity")
+    size = sum(vector.size for vector in vectors)
+    numbers = [np.asarray(vector, np.float32).view(np.uint8).data for vector in vectors]
+    return [memoryview(_header(size)), *numbers, memoryview(bytes(-4 * size % BLOCK))]
+
+
+def _begin_of_numbers(path: Path, head: bytes, size: int) -> int:
+    """Return where in a file its numbers begin.
+
+    Args:
+        path: of the file.
+        head: its first block.
+        size: of all of it, in bytes.
+
+    Raises:
+        ValueError: it is not a vector of float32.
+    """
+    file = io.BytesIO(head[:size])
+    version = np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    left = size - file.tell()
+    if dtype.hasobject:
+        np.load(path, allow_pickle=False)  # refuses it
+    if version != (1, 0) or dtype != np.float32 or shape != (left // 4,) or left % 4:
+        raise ValueError(
+            f"{path} holds {left} bytes of {dtype} {shape}; expected a vector of float32"
+        )
+    return file.tell()
+
+
+def _buffer(size: int) -> mmap.mmap:
+    """Return zeros that begin where a page does, as a disk wants them."""
+    return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _uncached(descriptor: int, move: Callable[[], None]) -> None:
+    """Have a file read or written past the system's cache, or through it where that cannot be."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | getattr(os, "O_DIRECT", 0))  # not of macOS
+        move()
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # no such thing on this file system, or of larger blocks
+            raise
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        move()
 
 
 def _header(size: int) -> bytes:
@@ -191,3 +331,9 @@ def _write(descriptor: int, parts: list[memoryview]) -> None:
             written -= len(parts.pop(0))
         if parts:
             parts[0] = parts[0][written:]
+
+
+def _read(descriptor: int, into: memoryview) -> None:
+    """Read a file from where it stands to its end, which `into` holds."""
+    while into and (count := os.readv(descriptor, [into])):
+        into = into[count:]
