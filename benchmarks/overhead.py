@@ -4,6 +4,7 @@
     python -m benchmarks.overhead --models cnn --clients 10 --rounds 20
     python -m benchmarks.overhead --clients 10 30 --strategies all --rounds 3
     python -m benchmarks.overhead --clients 1 2 5 10 30 100 300 1000 --quickstart-clients
+    python -m benchmarks.overhead --clients 10 --writers 400 --strategies local_only
 
 Prints, per model, cohort and strategy, the medians of: floor (one single-threaded process per core,
 same clients, FedAvg's compiled epoch, weighted deltas added up, no federation, whatever the
@@ -123,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--clients", nargs="+", type=int, default=[10, 100])
+    parser.add_argument("--writers", type=int, default=0, help="to draw from; else, all train")
     parser.add_argument("--strategies", nargs="+", default=["fedavg"], help="or: all")
     parser.add_argument("--rounds", type=int, default=7, help="fewer for more than 100 clients")
     parser.add_argument("--quickstart-clients", nargs="*", type=int, default=[10])
@@ -141,7 +143,8 @@ def main() -> None:
     for model, clients in itertools.product(options.models, options.clients):
         measured = max(min(2, options.rounds), options.rounds * 100 // max(100, clients))
         with contextlib.ExitStack() as open_now:
-            store = equal_writers(Path(open_now.enter_context(temporary_cache())), clients)
+            cache = Path(open_now.enter_context(temporary_cache()))
+            store = equal_writers(cache, max(options.writers, clients))
             bare = open_now.enter_context(floor(job(store, MODELS[model], clients, 1)))
             engine = open_now.enter_context(RayEngine(CORES, False, MODELS[model].parameters))
             for name in names:

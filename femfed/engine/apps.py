@@ -105,6 +105,7 @@ class Worker:
         self.inbox = Inbox(self.training.parameters, sends, receives)
         self.memories = Memories(Path(parts["memory"]))
         self.uncached = Uncached(self.memories)
+        self.apart = 1  # places from a client to the next one that this worker takes, most likely
         self.folded = ""  # the attempt at a round that this worker's sum is of
         self._loaded = ""
 
@@ -201,9 +202,8 @@ def train(message: Message, context: Context) -> Message:
     largest, began = 0.0, time.perf_counter()
     clients, strategy = task["clients"], worker.strategy
     updates = [] if strategy.averages else worker.inbox.updates(message.content, task["slots"])
-    # The cohort's newest versions, those before and those to be overwritten: too much to keep?
     size = sum(vector.nbytes for vector in training.memory())
-    crowded = strategy.remembers and 3 * task["cohort"] * size > available_memory() // 2
+    crowded = strategy.remembers and task["memories"] * size > available_memory() // 2
     memories = worker.uncached if crowded else worker.memories
     places: list[int] = []  # of the clients that complete the round
     dropped: list[str] = []
@@ -219,8 +219,8 @@ def train(message: Message, context: Context) -> Message:
             try:
                 if strategy.remembers:
                     training.load_memory(memories.recall(client, version))
-                    if crowded and place + task["apart"] < len(clients):
-                        ahead = place + task["apart"]
+                    ahead = place + worker.apart
+                    if crowded and ahead < len(clients):
                         worker.uncached.read_ahead(clients[ahead], task["versions"][ahead])
                 epochs = 1 if strategy.pools else None
                 outcome = training.train(writer, task["round"], client, epochs)
@@ -234,8 +234,10 @@ def train(message: Message, context: Context) -> Message:
                 if strategy.sums:  # last: who is dropped has added nothing
                     largest += training.fold(weight, total, first=fresh)
                     fresh, worker.folded = False, task["attempt"]
+            except OSError:  # names a file, which may be of a client before
+                raise
             except Exception as error:
-                if not task["drop"] or isinstance(error, TOLD):
+                if not task["drop"] or isinstance(error, UserError):
                     return _failed(message, _named(writer, client, error), error)
                 dropped.append(_named(writer, client, error))
                 continue
@@ -243,6 +245,8 @@ def train(message: Message, context: Context) -> Message:
             outcomes.append(outcome)
             seconds.append(time.perf_counter() - start)
     worker.inbox.note(message.content, NOBODY)
+    if taken := len(places) + len(dropped):
+        worker.apart = round(len(clients) / taken)
     about = {"places": places, "dropped": dropped, "seconds": seconds, "largest": largest}
     reply = _reply(message, context, {**_columns(outcomes), **about, "began": began})
     if not fresh:
@@ -382,6 +386,15 @@ class Job:
         )
 
     @property
+    def most_memories(self) -> int:
+        """How many files of what clients remember there will be at most.
+
+        Two for each client, the newest and the one before, and those that a round writes.
+        """
+        clients, cohort = self.schedule.clients, self.schedule.clients_per_round
+        return min(2 * clients, self.schedule.rounds * cohort) + cohort
+
+    @property
     def takes_turns(self) -> bool:
         """Whether each worker gets one message a round and takes client by client from all."""
         return self.bundle is None and not self.by_value
@@ -504,8 +517,7 @@ class GridWorkers:
             "attempt": f"{self._attempt}.{round}",
             "most_steps": max(steps),
             "drop": job.drop,
-            "cohort": len(cohort),
-            "apart": job.workers if job.takes_turns else 1,
+            "memories": job.most_memories,
         }
         if job.strategy.pools:
             bundles, turns = [[0]], ""

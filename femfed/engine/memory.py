@@ -70,15 +70,9 @@ class Memories:
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             self._take_spare(partial)
-            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT, 0o666)
-            try:
+            with _opened(partial, os.O_WRONLY | os.O_CREAT) as descriptor:
                 yield descriptor
-            finally:
-                os.close(descriptor)
             partial.replace(path)
-        except OSError as error:
-            error.filename = error.filename or str(path)  # of what was written to a descriptor
-            raise
         finally:
             partial.unlink(missing_ok=True)
 
@@ -206,7 +200,7 @@ class Uncached:
             self._reading[client, round] = self._threads.submit(self._read, client, round)
 
     def recall(self, client: int, round: int) -> Vector | None:
-        """Return what `Memories.recall` returns, which stays until the next one is read ahead.
+        """Return what `Memories.recall` returns; it stays until another was, and one is read ahead.
 
         Raises:
             ValueError: its file is not what `keep` writes.
@@ -215,6 +209,7 @@ class Uncached:
             return None
         if (client, round) not in self._reading:
             self.read_ahead(client, round)
+        wait(self._reading.values())
         vector = self._reading.pop((client, round)).result()
         self._to_read, self._lent = self._lent, self._to_read
         return vector
@@ -224,6 +219,7 @@ class Uncached:
         self._reading.clear()
 
     def _finish_writing(self) -> None:
+        wait(self._writing)  # and forget it only then, if this is interrupted
         while self._writing:
             self._writing.pop().result()
 
@@ -234,15 +230,12 @@ class Uncached:
 
     def _read(self, client: int, round: int) -> Vector:
         path = self._memories.path(client, round)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
+        with _opened(path, os.O_RDONLY) as descriptor:
             size = os.fstat(descriptor).st_size
             whole = max(BLOCK, size + -size % BLOCK)
             if len(self._to_read) != whole:
                 self._to_read = _buffer(whole)
-            _uncached(descriptor, lambda: _read(descriptor, memoryview(self._to_read)))
-        finally:
-            os.close(descriptor)
+            _uncached(descriptor, lambda: _read(descriptor, memoryview(self._to_read), size))
         begins = _begin_of_numbers(path, self._to_read[:BLOCK], size)
         return np.frombuffer(self._to_read, np.float32, (size - begins) // 4, begins)
 
@@ -282,6 +275,19 @@ def _begin_of_numbers(path: Path, head: bytes, size: int) -> int:
             f"{path} holds {left} bytes of {dtype} {shape}; expected a vector of float32"
         )
     return file.tell()
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    """Yield a file's descriptor; errors there tell which file it was."""
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        yield descriptor
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def _buffer(size: int) -> mmap.mmap:
@@ -333,7 +339,15 @@ def _write(descriptor: int, parts: list[memoryview]) -> None:
             parts[0] = parts[0][written:]
 
 
-def _read(descriptor: int, into: memoryview) -> None:
-    """Read a file from where it stands to its end, which `into` holds."""
-    while into and (count := os.readv(descriptor, [into])):
-        into = into[count:]
+def _read(descriptor: int, into: memoryview, size: int) -> None:
+    """Read the `size` bytes of a file; `into` may hold more, to a whole block.
+
+    Raises:
+        OSError: there are fewer.
+    """
+    done = 0
+    while done < size:
+        count = os.readv(descriptor, [into[done:]])
+        if not count:
+            raise OSError(errno.EIO, f"it ends after {done} of {size} bytes")
+        done += count
