@@ -552,6 +552,7 @@ WRITES = {
     "checkpoint": (r"run/checkpoint/", 2, 2),
     "the first checkpoint": (r"run/checkpoint/", 0, 0),
     "memory": (r"run/memory/", 5, 2),
+    "memory past the cache": (r"run/memory/", 5, 2),
     "model.keras": (r"run/\.model\.keras", 0, 4),
     "writers.csv": (r"run/\.writers\.csv", 0, 4),
     "curves.png": (r"run/\.curves\.png", 0, 4),
@@ -566,6 +567,8 @@ def test_a_full_disk_ends_a_run_in_a_line_and_loses_no_round(
 ) -> None:
     pattern, after, kept = WRITES[what]
     with pytest.MonkeyPatch.context() as patch:
+        if what == "memory past the cache":
+            patch.setattr("femfed.engine.apps.available_memory", lambda: 0)
         hit = full(patch, pattern, after)
         done = shell.run("run", "strategy=scaffold")
     assert hit

@@ -69,8 +69,8 @@ class Memories:
         path = self.path(client, round)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            self._take_spare(partial)
-            with _opened(partial, os.O_WRONLY | os.O_CREAT) as descriptor:
+            mode = "r+b" if self._takes_spare(partial) else "wb"
+            with _opened(partial, mode) as descriptor:
                 yield descriptor
             partial.replace(path)
         finally:
@@ -140,10 +140,11 @@ class Memories:
         """Return where a version lies."""
         return self._folder / f"client_{client:06d}_round_{round:06d}.npy"
 
-    def _take_spare(self, partial: Path) -> None:
-        """Move a file that nobody needs to `partial`, if there is one."""
+    def _takes_spare(self, partial: Path) -> bool:
+        """Move a file that nobody needs to `partial`; return whether there was one."""
         with contextlib.suppress(FileNotFoundError), os.scandir(self._spare) as spare:
-            any(takes(Path(entry), partial) for entry in spare)
+            return any(takes(Path(entry), partial) for entry in spare)
+        return False
 
     def _kept(self) -> list[tuple[int, int]]:
         names = [path.stem.split("_") for path in self._folder.glob("client_*.npy")]
@@ -230,7 +231,7 @@ class Uncached:
 
     def _read(self, client: int, round: int) -> Vector:
         path = self._memories.path(client, round)
-        with _opened(path, os.O_RDONLY) as descriptor:
+        with _opened(path, "rb") as descriptor:
             size = os.fstat(descriptor).st_size
             whole = max(BLOCK, size + -size % BLOCK)
             if len(self._to_read) != whole:
@@ -278,16 +279,14 @@ def _begin_of_numbers(path: Path, head: bytes, size: int) -> int:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
+def _opened(path: Path, mode: str) -> Iterator[int]:
     """Yield a file's descriptor; errors there tell which file it was."""
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        yield descriptor
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        os.close(descriptor)
+    with path.open(mode, buffering=0) as file:
+        try:
+            yield file.fileno()
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            raise
 
 
 def _buffer(size: int) -> mmap.mmap:
