@@ -200,9 +200,8 @@ def on_a_disk(folder: Path) -> Memories:
 
 
 def leave_the_cache(path: Path) -> None:
-    if path.exists():
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def test_a_file_of_an_earlier_femfed_is_read_and_overwritten(tmp_path: Path) -> None:

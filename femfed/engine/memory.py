@@ -226,7 +226,7 @@ class Uncached:
 
     def _write(self, client: int, round: int, end: int) -> None:
         with self._memories.unfinished(client, round) as descriptor:
-            _uncached(descriptor, lambda: _write(descriptor, [memoryview(self._to_write)]))
+            _past_cache(descriptor, lambda: _write(descriptor, [memoryview(self._to_write)]))
             os.ftruncate(descriptor, end)
 
     def _read(self, client: int, round: int) -> Vector:
@@ -236,7 +236,7 @@ class Uncached:
             whole = max(BLOCK, size + -size % BLOCK)
             if len(self._to_read) != whole:
                 self._to_read = _buffer(whole)
-            _uncached(descriptor, lambda: _read(descriptor, memoryview(self._to_read), size))
+            _past_cache(descriptor, lambda: _read(descriptor, memoryview(self._to_read), size))
         begins = _begin_of_numbers(path, self._to_read[:BLOCK], size)
         return np.frombuffer(self._to_read, np.float32, (size - begins) // 4, begins)
 
@@ -294,7 +294,7 @@ def _buffer(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-def _uncached(descriptor: int, move: Callable[[], None]) -> None:
+def _past_cache(descriptor: int, move: Callable[[], None]) -> None:
     """Have a file read or written past the system's cache, or through it where that cannot be."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     try:
