@@ -440,6 +440,7 @@ def test_parts_join_up(rule: Strategy, byzantine: int, monkeypatch: pytest.Monke
     # One coordinate at a time, and five, in rows that are compared and in columns that are sorted.
     for size, compared in itertools.product((1, 55), (64, 0)):
         monkeypatch.setattr("femfed.strategies.columns._PART", size)
+        monkeypatch.setattr("femfed.strategies.columns._LEAST", 1)
         monkeypatch.setattr("femfed.strategies.columns._ROW", max(1, size // 11))
         monkeypatch.setattr("femfed.strategies.columns._MOST_COMPARED", compared)
         np.testing.assert_allclose(flat(rule.aggregate(updates)), whole, atol=1e-7, rtol=0)

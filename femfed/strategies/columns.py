@@ -5,6 +5,7 @@ The updates coordinate by coordinate, their distances, Krum's scores, how many c
 
 import contextlib
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from femfed import UserError
 from femfed.strategies.base import Update, Weights
 
 _PART = 2**18  # values handled at a time
+_LEAST = 2**12  # coordinates multiplied at a time: fewer cost less than to look into all updates
 _ROW = 2**15  # coordinates compared at a time: enough that NumPy's calls cost less than their work
 _MOST_COMPARED = 64  # updates: of more, a coordinate's values are sooner sorted by themselves
 _GROUPS = 32  # of parts whose inner products are added up by themselves
@@ -69,7 +71,7 @@ def weighted_mean(updates: Sequence[Update], weights: NDArray[np.float64]) -> We
     return _by_part(
         updates,
         lambda scratch, part: weights @ scratch.rows(updates, part, np.float64),
-        _parts(updates, _PART // len(updates)),
+        _parts(updates, max(_PART // len(updates), _LEAST)),
     )
 
 
@@ -92,20 +94,22 @@ def gram_matrix(updates: Sequence[Update]) -> NDArray[np.float64]:
 
 
 def _gram_matrix(updates: Sequence[Update], centred: bool) -> NDArray[np.float64]:
-    parts, scratch = _parts(updates, _PART // len(updates)), _Scratch()
+    n, scratch = len(updates), _Scratch()
+    parts = _parts(updates, max(_PART // n, _LEAST))
+    bounds = [len(parts) * group // _GROUPS for group in range(_GROUPS + 1)]
 
     def add_up(some: Sequence[_Part]) -> NDArray[np.float64]:
-        gram = np.zeros((len(updates), len(updates)))
+        gram, products = np.zeros((n, n)), scratch.array("products", (n, n), np.float64)
         for part in some:
             values = scratch.rows(updates, part, np.float64)
             if centred:
-                values -= np.sort(values.T, axis=1)[:, len(updates) // 2]
-            gram += values @ values.T
+                values -= np.sort(values.T, axis=1)[:, n // 2]
+            gram += np.matmul(values, values.T, out=products)
         return gram
 
-    with _all_cores() as each:  # in a fixed order, whatever the cores
-        sums = each(add_up, [parts[group::_GROUPS] for group in range(_GROUPS)])
-        return sum(sums, np.zeros((len(updates), len(updates))))
+    with _all_cores() as each:  # in a fixed order, whatever the cores, and once through a file
+        groups = [parts[first:last] for first, last in itertools.pairwise(bounds)]
+        return sum(each(add_up, groups), np.zeros((n, n)))
 
 
 def squared_distances(updates: Sequence[Update]) -> NDArray[np.float64]:
