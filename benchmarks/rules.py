@@ -2,6 +2,7 @@
 
     python -m benchmarks.rules
     python -m benchmarks.rules --clients 30 100
+    python -m benchmarks.rules --models cnn --clients 1000
 
 Prints, per model, cohort and strategy, the median seconds of three calls with random updates, and
 the most memory that a call took besides these, its result included.
@@ -24,11 +25,12 @@ RULES = ("fedmedian", "fedtrimmedmean", "krum", "multikrum", "bulyan", "geometri
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--clients", nargs="+", type=int, default=[30])
     options = parser.parse_args()
     draw = np.random.default_rng(0)
-    for (name, model), clients in itertools.product(MODELS.items(), options.clients):
-        rows = draw.standard_normal((clients, model.parameters), np.float32)
+    for name, clients in itertools.product(options.models, options.clients):
+        rows = draw.standard_normal((clients, MODELS[name].parameters), np.float32)
         updates = [Update(160, 1.0, 1, client=i, delta=[row]) for i, row in enumerate(rows)]
         for rule in RULES:
             strategy = config.make(config.compose([f"strategy={rule}"]).strategy, "strategy")
