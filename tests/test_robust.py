@@ -14,6 +14,7 @@ from flwr.serverapp import strategy as flower
 from numpy.typing import NDArray
 
 from femfed import UserError
+from femfed.strategies import columns
 from femfed.strategies.base import Strategy, Update, Weights
 from femfed.strategies.bulyan import Bulyan
 from femfed.strategies.columns import by_rank, squared_distances
@@ -462,6 +463,33 @@ def test_memory_is_that_of_a_part(
     tracemalloc.stop()
 
     assert peak < 4_000_000 + 10_000_000  # the result, and a few copies of 2^18 values a core
+
+
+@every_rule
+def test_a_core_goes_through_the_updates_in_their_order(
+    rule: Strategy, byzantine: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Those that are too many for the memory come from the disk, once.
+    draw = np.random.default_rng(0)
+    updates = [
+        Update(1, 0.0, 0, client=i, delta=[draw.random(50 * columns._LEAST, np.float32)])
+        for i in range(11)
+    ]
+    looked_at, pieces = list[int](), columns._pieces
+
+    def noting(updates: Sequence[Update], part: tuple[int, slice]) -> list[np.ndarray]:
+        looked_at.append(part[1].start)
+        return pieces(updates, part)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(columns, "_PART", 11 * columns._LEAST)
+    monkeypatch.setattr(columns, "_ROW", columns._LEAST)
+    monkeypatch.setattr(columns, "_pieces", noting)
+    rule.aggregate(updates)
+
+    turns_back = sum(later <= before for before, later in itertools.pairwise(looked_at))
+    assert len(looked_at) > 32
+    assert turns_back <= 1  # from the products to the mean of what was selected
 
 
 @every_rule
