@@ -222,7 +222,7 @@ def test_a_killed_worker_changes_nothing(finished, tmp_path: Path) -> None:
             if line.startswith("round   5/400"):
                 break
         victims = children_named(process.pid, "ray::ClientApp")
-        assert len(victims) == 2
+        assert len(victims) == 2, (line, family(process.pid))
         os.kill(victims[0], signal.SIGKILL)
         rest = process.stdout.read()
         assert process.wait(timeout=120) == 0
