@@ -19,7 +19,7 @@ from femfed import UserError
 from femfed.strategies.base import Update, Weights
 
 _PART = 2**18  # values handled at a time
-_LEAST = 2**12  # coordinates multiplied at a time: fewer cost less than to look into all updates
+_LEAST = 2**12  # coordinates multiplied at a time: of fewer, to look into all updates costs more
 _ROW = 2**15  # coordinates compared at a time: enough that NumPy's calls cost less than their work
 _MOST_COMPARED = 64  # updates: of more, a coordinate's values are sooner sorted by themselves
 _GROUPS = 32  # of parts whose inner products are added up by themselves
@@ -71,7 +71,7 @@ def weighted_mean(updates: Sequence[Update], weights: NDArray[np.float64]) -> We
     return _by_part(
         updates,
         lambda scratch, part: weights @ scratch.rows(updates, part, np.float64),
-        _parts(updates, max(_PART // len(updates), _LEAST)),
+        _parts_to_multiply(updates),
     )
 
 
@@ -81,7 +81,7 @@ def gram_matrix(updates: Sequence[Update]) -> NDArray[np.float64]:
     The origin is zero, the global weights, near which updates are. Where the distance of two is a
     thousandth or less of their norms, it would cancel in float64, and the origin is a value from
     the middle of every coordinate instead: not the mean, which a single far client would carry
-    off. Memory is that of a few copies of a part a core, and of 32 results at most.
+    off. Memory is that of a few copies of a part and a result a core, and of 32 results at most.
 
     Args:
         updates: of n clients, at least one.
@@ -95,7 +95,7 @@ def gram_matrix(updates: Sequence[Update]) -> NDArray[np.float64]:
 
 def _gram_matrix(updates: Sequence[Update], centred: bool) -> NDArray[np.float64]:
     n, scratch = len(updates), _Scratch()
-    parts = _parts(updates, max(_PART // n, _LEAST))
+    parts = _parts_to_multiply(updates)
     bounds = [len(parts) * group // _GROUPS for group in range(_GROUPS + 1)]
 
     def add_up(some: Sequence[_Part]) -> NDArray[np.float64]:
@@ -242,6 +242,10 @@ def _parts(updates: Sequence[Update], coordinates: int) -> list[_Part]:
         for layer, array in enumerate(updates[0].delta)
         for start in range(0, array.size, step)
     ]
+
+
+def _parts_to_multiply(updates: Sequence[Update]) -> list[_Part]:
+    return _parts(updates, max(_PART // len(updates), _LEAST))
 
 
 def _pieces(updates: Sequence[Update], part: _Part) -> list[NDArray[np.float32]]:
