@@ -17,9 +17,10 @@ from femfed import UserError
 from femfed.client import LocalTraining
 from femfed.data.store import Handwriting, Writer, WriterStore, stored
 from femfed.engine.apps import Job, Run
+from femfed.engine.direct import BLOCK, IOV_MAX
 from femfed.engine.federation import Federation
 from femfed.engine.inline import InlineEngine
-from femfed.engine.memory import BLOCK, IOV_MAX, Memories, Uncached
+from femfed.engine.memory import Memories, Uncached
 from femfed.engine.rounds import Round, Schedule
 from femfed.local import DivergedError, Local, flatten
 from femfed.models import Dense
@@ -350,15 +351,21 @@ def test_what_is_read_ahead_need_not_be_recalled(tmp_path: Path) -> None:
         uncached.recall(9, 1)
 
 
-def test_both_ways_go_past_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    direct, found = getattr(os, "O_DIRECT", 0), list[tuple[str, int]]()
+def past_the_cache(folder: Path) -> int:
+    """Return the flag of files that go past the cache; skip where there is no such thing."""
+    direct = getattr(os, "O_DIRECT", 0)
     if not direct:
         pytest.skip("this system cannot")
-    with (tmp_path / "probe").open("wb") as file:
+    with (folder / "probe").open("wb") as file:
         try:
             fcntl.fcntl(file, fcntl.F_SETFL, direct)
         except OSError:
             pytest.skip("the file system of the tests cannot")
+    return direct
+
+
+def test_both_ways_go_past_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    direct, found = past_the_cache(tmp_path), list[tuple[str, int]]()
 
     def noting(call: str) -> Any:
         real = getattr(os, call)

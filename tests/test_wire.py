@@ -1,6 +1,9 @@
 """The wire: what may be built from a message, how cohorts are cut, by reference as by value."""
 
+import errno
+import fcntl
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -18,12 +21,14 @@ from femfed.engine.wire import (
     construct,
     describe,
     mapped,
+    row_bytes,
     shared_folder,
     to_json,
 )
-from femfed.local import Local
+from femfed.local import DivergedError, Local
 from femfed.models import CNN, Dense
 from femfed.strategies.fedprox import FedProx
+from tests.test_personal import past_the_cache
 
 # Longer than the pieces that sums are taken in.
 PARAMETERS = 65_536 + 3
@@ -243,25 +248,103 @@ def test_a_worker_that_replies_twice_is_counted_once(tmp_path: Path, weights: np
     assert np.array_equal(outbox.means(replies, 2)[0], ((first + second) / 2).astype(np.float32))
 
 
-def test_single_updates_arrive_in_their_rows(folder: Path | None, weights: np.ndarray) -> None:
-    outbox = Outbox(folder, PARAMETERS)
+WAYS = {"by value": 0, "by reference": 2, "past the cache": 1}  # and the memory there is, in rows
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_single_updates_arrive_in_their_rows(
+    tmp_path: Path, weights: np.ndarray, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    available = WAYS[way] * 5 * row_bytes(PARAMETERS)
+    monkeypatch.setattr("femfed.engine.wire.available_memory", lambda: available)
+    outbox = Outbox(None if way == "by value" else tmp_path, PARAMETERS)
     outbox.reserve_updates(5)
-    slots = [[3, 1], [0], [2, 4]]
-    rows = np.arange(5 * PARAMETERS, dtype=np.float32).reshape(5, PARAMETERS)
-    replies = []
-    for places in slots:
-        content, reply = outbox.publish([weights]), RecordDict()
-        inbox = Inbox(PARAMETERS)
-        updates = inbox.updates(content, places)
-        for update, row in zip(updates, rows[places], strict=True):
-            update[:] = row
-        inbox.put_updates(content, reply, updates)
-        replies.append(reply)
+    slots = [[3, 1], [0], [], [2, 4]]
+    inboxes = [Inbox(PARAMETERS) for _ in slots]
+    for round in (1, 2):  # and rows are read before they are overwritten
+        rows = round + np.arange(5 * PARAMETERS, dtype=np.float32).reshape(5, PARAMETERS)
+        replies = []
+        for inbox, places in zip(inboxes, slots, strict=True):
+            content, reply, made = outbox.publish([weights]), RecordDict(), []
+            with inbox:
+                for place in places:
+                    with inbox.update(content, place) as update:
+                        update[:] = rows[place]
+                    made.append(update)
+            inbox.put_updates(content, reply, made)
+            replies.append(reply)
 
-    updates = outbox.updates(replies, slots, 5)
+        updates = outbox.updates(replies, slots, 5)
 
-    assert updates.dtype == np.float32
-    assert np.array_equal(updates, rows)
+        assert updates.dtype == np.float32
+        assert np.array_equal(updates, rows)
+
+
+def test_too_many_updates_are_written_past_the_cache_in_whole_blocks(
+    tmp_path: Path, weights: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct, found, real = past_the_cache(tmp_path), list[tuple[int, int]](), os.writev
+
+    def noted(descriptor: int, parts: list[memoryview]) -> int:
+        place = os.lseek(descriptor, 0, os.SEEK_CUR)
+        found.append((fcntl.fcntl(descriptor, fcntl.F_GETFL) & direct, place))
+        return real(descriptor, parts)
+
+    monkeypatch.setattr(os, "writev", noted)
+    monkeypatch.setattr("femfed.engine.wire.available_memory", lambda: 2**18)
+    with Outbox(tmp_path, PARAMETERS) as outbox, Inbox(PARAMETERS) as inbox:
+        outbox.reserve_updates(3)
+        content = outbox.publish([weights])
+        for slot in (2, 0):
+            with inbox.update(content, slot) as update:
+                update[:] = weights
+
+    assert found == [(direct, 2 * (262_144 + 4096)), (direct, 0)]
+
+
+def test_an_update_past_the_cache_is_written_only_when_it_is_whole(
+    tmp_path: Path, weights: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("femfed.engine.wire.available_memory", lambda: 0)
+    outbox, inbox = Outbox(tmp_path, PARAMETERS), Inbox(PARAMETERS)
+    outbox.reserve_updates(2)
+    content = outbox.publish([weights])
+    with pytest.raises(DivergedError), inbox, inbox.update(content, 1) as update:
+        update[:] = np.nan
+        raise DivergedError
+    with inbox, inbox.update(content, 0) as update:
+        update[:] = weights
+
+    updates = outbox.updates([], [], 2)
+
+    assert np.array_equal(updates[0], weights)
+    assert not updates[1].any()
+
+
+def test_an_update_that_could_not_be_written_is_told(
+    tmp_path: Path, weights: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(descriptor: int, parts: list[memoryview]) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("femfed.engine.wire.available_memory", lambda: 0)
+    outbox, inbox = Outbox(tmp_path, PARAMETERS), Inbox(PARAMETERS)
+    outbox.reserve_updates(2)
+    content = outbox.publish([weights])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "writev", broken)
+        told = pytest.raises(OSError, match=r"Input/output error: .*updates")
+        with told, inbox, inbox.update(content, 0):
+            pass
+        with inbox:
+            with inbox.update(content, 0):
+                pass
+            with told, inbox.update(content, 1):
+                pass
+
+    with inbox, inbox.update(content, 1) as update:
+        update[:] = weights
+    assert np.array_equal(outbox.updates([], [], 2)[1], weights)
 
 
 def test_updates_take_no_room_after_a_run_that_its_workers_outlive(
@@ -270,12 +353,12 @@ def test_updates_take_no_room_after_a_run_that_its_workers_outlive(
     with Outbox(tmp_path, PARAMETERS) as outbox:
         outbox.reserve_updates(50)
         idle = Inbox(PARAMETERS)
-        updates = idle.updates(outbox.publish([weights]), [0, 1])
-        updates[1][:] = 1
+        with idle.update(outbox.publish([weights]), 1) as update:
+            update[:] = 1
         assert (tmp_path / "updates").stat().st_blocks
 
     assert (tmp_path / "updates").stat().st_blocks <= 8  # the last page may be part of one
-    assert not updates[1].any()
+    assert not update.any()
 
 
 def test_an_inbox_follows_the_run_to_its_folder(tmp_path: Path, weights: np.ndarray) -> None:

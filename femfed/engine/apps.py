@@ -39,6 +39,7 @@ from femfed.engine.wire import (
     construct,
     describe,
     left_by_the_dead,
+    row_bytes,
     shared_folder,
     to_json,
 )
@@ -201,13 +202,13 @@ def train(message: Message, context: Context) -> Message:
     seconds: list[float] = []
     largest, began = 0.0, time.perf_counter()
     clients, strategy = task["clients"], worker.strategy
-    updates = [] if strategy.averages else worker.inbox.updates(message.content, task["slots"])
     size = sum(vector.nbytes for vector in training.memory())
     crowded = strategy.remembers and task["memories"] * size > available_memory() // 2
     memories = worker.uncached if crowded else worker.memories
     places: list[int] = []  # of the clients that complete the round
+    updates: list[NDArray[np.float32]] = []  # theirs
     dropped: list[str] = []
-    with worker.uncached:
+    with worker.uncached, worker.inbox:
         for place in worker.inbox.places(message.content, task["turns"], len(clients)):
             client, version = clients[place], task["versions"][place]
             start = time.perf_counter()
@@ -226,7 +227,8 @@ def train(message: Message, context: Context) -> Message:
                 outcome = training.train(writer, task["round"], client, epochs)
                 weight = strategy.weight(outcome, task["most_steps"])
                 if not strategy.averages:
-                    training.delta(updates[place])
+                    with worker.inbox.update(message.content, task["slots"][place]) as update:
+                        training.delta(update)
                 elif task["drop"]:
                     training.check(weight)
                 if strategy.remembers:
@@ -241,6 +243,8 @@ def train(message: Message, context: Context) -> Message:
                     return _failed(message, _named(writer, client, error), error)
                 dropped.append(_named(writer, client, error))
                 continue
+            if not strategy.averages:
+                updates.append(update)
             places.append(place)
             outcomes.append(outcome)
             seconds.append(time.perf_counter() - start)
@@ -569,7 +573,7 @@ class GridWorkers:
             means = self._outbox.means(replies, weight_sum)
             delta, extra = (*(unflatten(mean, self._shapes) for mean in means), [])[:2]
         elif not job.strategy.averages:
-            rows = self._outbox.updates(replies, bundles, len(examples))
+            rows = self._outbox.updates(replies, completed, len(examples))
             updates = [
                 Update(**vars(outcome), client=client, delta=unflatten(rows[place], self._shapes))
                 for client, place, outcome in zip(cohort.tolist(), present, outcomes, strict=True)
@@ -735,8 +739,9 @@ class Run:
         strategy = self.job.strategy
         updates = 0 if strategy.averages else self.job.schedule.clients_per_round
         sent, summed = 1 + len(strategy.broadcasts), 1 + strategy.sends_extra
-        each = 4 * sent + 8 * summed * self.job.workers + 4 * updates
-        return each * self.job.model.parameters
+        parameters = self.job.model.parameters
+        each = 4 * sent + 8 * summed * self.job.workers
+        return each * parameters + updates * row_bytes(parameters)
 
     @property
     def done(self) -> bool:

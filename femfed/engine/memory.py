@@ -11,13 +11,11 @@ gives up those that were written and not yet read: the ones that the next round 
 
 import contextlib
 import ctypes
-import errno
-import fcntl
 import io
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -25,13 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from femfed.checkpoint import takes
+from femfed.engine.direct import BLOCK, Background, buffer, opened, past_cache, read, write
 from femfed.local import DivergedError, is_finite
 
 Vector = NDArray[np.float32]
 
-BLOCK = 4096  # bytes of a file; where a block is overwritten in part, the disk is read first
 SYNC_FILE_RANGE_WRITE = 2  # of Linux: begin to write, and wait for nothing
-IOV_MAX = os.sysconf("SC_IOV_MAX")  # parts that Linux writes in a call
 
 
 class Memories:
@@ -58,7 +55,7 @@ class Memories:
         """
         parts = _parts(vectors)
         with self.unfinished(client, round) as descriptor:
-            _write(descriptor, parts)
+            write(descriptor, parts)
             os.ftruncate(descriptor, BLOCK + sum(vector.nbytes for vector in vectors))
             _start_writing(descriptor)
 
@@ -70,7 +67,7 @@ class Memories:
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             mode = "r+b" if self._takes_spare(partial) else "wb"
-            with _opened(partial, mode) as descriptor:
+            with opened(partial, mode) as descriptor:
                 yield descriptor
             partial.replace(path)
         finally:
@@ -152,11 +149,10 @@ class Memories:
 
 
 class Uncached:
-    """Keeps and recalls memories past the system's cache, while a client trains.
+    """Keeps and recalls memories past the system's cache.
 
-    The disk moves them from and to buffers that are used again, where the cache would need new
-    pages for each. That takes the disk some time, but hardly any of the processor: one is written
-    and another one read while a client trains. As a context, it ends once all is written.
+    One is written and another one read while a client trains. As a context, it ends once all is
+    written.
 
     Args:
         memories: of the run; whatever they kept can be recalled here, and the other way round.
@@ -164,17 +160,17 @@ class Uncached:
 
     def __init__(self, memories: Memories) -> None:
         self._memories = memories
-        self._threads = ThreadPoolExecutor(max_workers=2)
-        self._writing: list[Future[None]] = []  # one at most
-        self._reading: dict[tuple[int, int], Future[Vector]] = {}  # likewise
-        self._to_write, self._to_read, self._lent = _buffer(BLOCK), _buffer(BLOCK), _buffer(BLOCK)
+        self._writing = Background()
+        self._reader = ThreadPoolExecutor(max_workers=1)
+        self._reading: dict[tuple[int, int], Future[Vector]] = {}  # one at most
+        self._to_write, self._to_read, self._lent = buffer(BLOCK), buffer(BLOCK), buffer(BLOCK)
 
     def __enter__(self) -> "Uncached":
         return self
 
     def __exit__(self, *error: object) -> None:
         self._finish_reading()
-        self._finish_writing()
+        self._writing.finish()
 
     def keep(self, client: int, round: int, vectors: Sequence[Vector]) -> None:
         """Begin to write what `Memories.keep` writes, once the one before is written.
@@ -184,21 +180,21 @@ class Uncached:
             OSError: the one before could not be written.
         """
         parts = _parts(vectors)
-        self._finish_writing()
+        self._writing.finish()
         size = sum(len(part) for part in parts)
         if len(self._to_write) != size:
-            self._to_write = _buffer(size)
+            self._to_write = buffer(size)
         self._to_write.seek(0)
         for part in parts:
             self._to_write.write(part)
         end = BLOCK + sum(vector.nbytes for vector in vectors)
-        self._writing.append(self._threads.submit(self._write, client, round, end))
+        self._writing.begin(lambda: self._write(client, round, end))
 
     def read_ahead(self, client: int, round: int) -> None:
         """Begin to read what will most likely be recalled next, unless `round` is 0."""
         self._finish_reading()
         if round:
-            self._reading[client, round] = self._threads.submit(self._read, client, round)
+            self._reading[client, round] = self._reader.submit(self._read, client, round)
 
     def recall(self, client: int, round: int) -> Vector | None:
         """Return what `Memories.recall` returns; it stays until another was, and one is read ahead.
@@ -219,24 +215,19 @@ class Uncached:
         wait(self._reading.values())  # one that is not needed has the buffer until then
         self._reading.clear()
 
-    def _finish_writing(self) -> None:
-        wait(self._writing)  # and forget it only then, if this is interrupted
-        while self._writing:
-            self._writing.pop().result()
-
     def _write(self, client: int, round: int, end: int) -> None:
         with self._memories.unfinished(client, round) as descriptor:
-            _past_cache(descriptor, lambda: _write(descriptor, [memoryview(self._to_write)]))
+            past_cache(descriptor, lambda: write(descriptor, [memoryview(self._to_write)]))
             os.ftruncate(descriptor, end)
 
     def _read(self, client: int, round: int) -> Vector:
         path = self._memories.path(client, round)
-        with _opened(path, "rb") as descriptor:
+        with opened(path, "rb") as descriptor:
             size = os.fstat(descriptor).st_size
             whole = max(BLOCK, size + -size % BLOCK)
             if len(self._to_read) != whole:
-                self._to_read = _buffer(whole)
-            _past_cache(descriptor, lambda: _read(descriptor, memoryview(self._to_read), size))
+                self._to_read = buffer(whole)
+            past_cache(descriptor, lambda: read(descriptor, memoryview(self._to_read), size))
         begins = _begin_of_numbers(path, self._to_read[:BLOCK], size)
         return np.frombuffer(self._to_read, np.float32, (size - begins) // 4, begins)
 
@@ -278,36 +269,6 @@ def _begin_of_numbers(path: Path, head: bytes, size: int) -> int:
     return file.tell()
 
 
-@contextlib.contextmanager
-def _opened(path: Path, mode: str) -> Iterator[int]:
-    """Yield a file's descriptor; errors there tell which file it was."""
-    with path.open(mode, buffering=0) as file:
-        try:
-            yield file.fileno()
-        except OSError as error:
-            error.filename = error.filename or str(path)
-            raise
-
-
-def _buffer(size: int) -> mmap.mmap:
-    """Return zeros that begin where a page does, as a disk wants them."""
-    return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
-def _past_cache(descriptor: int, move: Callable[[], None]) -> None:
-    """Have a file read or written past the system's cache, or through it where that cannot be."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | getattr(os, "O_DIRECT", 0))  # not of macOS
-        move()
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # no such thing on this file system, or of larger blocks
-            raise
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        move()
-
-
 def _header(size: int) -> bytes:
     """Return how an npy file of float32 begins, filled up with spaces to a whole block."""
     magic = np.lib.format.magic(1, 0)
@@ -322,31 +283,3 @@ def _start_writing(descriptor: int) -> None:
     if begin is not None:
         whole = ctypes.c_int64(0)
         begin(descriptor, whole, whole, SYNC_FILE_RANGE_WRITE)
-
-
-def _write(descriptor: int, parts: list[memoryview]) -> None:
-    """Write parts one after the other; `parts` is empty afterwards.
-
-    In one call, so that no block is written in part where one of them ends and the next begins. If
-    it writes some of them only, as of more than `IOV_MAX` or 2 GiB, another one follows.
-    """
-    while parts:
-        written = os.writev(descriptor, parts[:IOV_MAX])
-        while parts and written >= len(parts[0]):
-            written -= len(parts.pop(0))
-        if parts:
-            parts[0] = parts[0][written:]
-
-
-def _read(descriptor: int, into: memoryview, size: int) -> None:
-    """Read the `size` bytes of a file; `into` may hold more, to a whole block.
-
-    Raises:
-        OSError: there are fewer.
-    """
-    done = 0
-    while done < size:
-        count = os.readv(descriptor, [into[done:]])
-        if not count:
-            raise OSError(errno.EIO, f"it ends after {done} of {size} bytes")
-        done += count

@@ -24,6 +24,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import DTypeLike, NDArray
 
 from femfed import UserError
+from femfed.engine.direct import BLOCK, Background, buffer, opened, past_cache, write
 from femfed.engine.folders import OwnedFolder, remove_abandoned
 from femfed.engine.footprint import available_memory
 from femfed.local import flatten
@@ -85,6 +86,11 @@ def shared_folder(fallback: Path, size: int) -> OwnedFolder:
     roomy = usable and shutil.disk_usage(SHARED_MEMORY).free > size
     fits = roomy and available_memory() > 2 * size
     return OwnedFolder(SHARED_MEMORY if fits else fallback, PREFIX)
+
+
+def row_bytes(parameters: int) -> int:
+    """Return the bytes from one single update to the next: whole blocks, as the disk wants them."""
+    return 4 * parameters + -4 * parameters % BLOCK
 
 
 def left_by_the_dead(folder: Path) -> list[int]:
@@ -151,6 +157,7 @@ class Outbox:
         self._folder, self._parameters, self._up = folder, parameters, up
         self._files: dict[str, NDArray[Any]] = {}
         self._bell: int | None = None
+        self._past_cache = False
         if folder is not None:
             # A name of its own: whoever is left of an engine that was given up takes no turn here.
             self._turns = folder / f"{TURNS}{len(list(folder.glob(f'{TURNS}*')))}"
@@ -170,7 +177,8 @@ class Outbox:
         if self._folder is None:
             return RecordDict({"weights": ArrayRecord([flatten(weights)])})
         flatten(weights, out=self._files["weights"])
-        return RecordDict({"folder": ConfigRecord({"path": str(self._folder)})})
+        about = ConfigRecord({"path": str(self._folder), "past_cache": self._past_cache})
+        return RecordDict({"folder": about})
 
     def start_turns(self) -> str:
         """Let the workers take turns from the first client on; return the name they need for it."""
@@ -189,10 +197,15 @@ class Outbox:
                 file.write(ENDED.to_bytes(8, "little"))
 
     def reserve_updates(self, clients: int) -> None:
-        """Make room for `clients` single updates, for strategies that do not average."""
+        """Make room for `clients` single updates, for strategies that do not average.
+
+        Where they take more than half of the memory there is, they go past the system's cache.
+        """
         if self._folder is not None and "updates" not in self._files:
+            size = clients * row_bytes(self._parameters)
+            self._past_cache = size > available_memory() // 2
             self._files["updates"] = mapped(
-                self._folder / "updates", clients * self._parameters, np.float32, create=True
+                self._folder / "updates", size // 4, np.float32, create=True
             )
 
     def __enter__(self) -> "Outbox":
@@ -251,9 +264,10 @@ class Outbox:
     def updates(
         self, replies: list[RecordDict], slots: list[list[int]], clients: int
     ) -> NDArray[np.float32]:
-        """Return the cohort's single updates, `[clients, parameters]`; `slots` per reply."""
+        """Return single updates, `[clients, parameters]`, of those in `slots` of each reply."""
         if self._folder is not None:
-            return self._files["updates"].reshape(-1, self._parameters)[:clients]
+            whole = self._files["updates"].reshape(-1, row_bytes(self._parameters) // 4)
+            return whole[:clients, : self._parameters]
         updates = np.empty((clients, self._parameters), np.float32)
         for reply, rows in zip(replies, slots, strict=True):
             updates[rows] = _only_array(reply, "updates")
@@ -262,6 +276,8 @@ class Outbox:
 
 class Inbox:
     """A worker's end, kept from message to message.
+
+    As a context, it ends once all single updates are written.
 
     Args:
         parameters: length of the weight vector.
@@ -273,6 +289,14 @@ class Inbox:
         self._parameters, self._up, self._down = parameters, up, down
         self._folder = ""
         self._files: dict[str, NDArray[Any]] = {}
+        self._writing = Background()
+        self._to_write = buffer(BLOCK)
+
+    def __enter__(self) -> "Inbox":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writing.finish()
 
     def weights(self, content: RecordDict) -> Vector:
         """Return the weights a message carries or points to."""
@@ -319,18 +343,37 @@ class Inbox:
         else:
             reply["total"] = ArrayRecord([total])
 
-    def updates(self, content: RecordDict, slots: list[int]) -> list[Vector]:
-        """Return the vector to write each client's update to: its shared row, or one of its own."""
+    @contextlib.contextmanager
+    def update(self, content: RecordDict, slot: int) -> Iterator[Vector]:
+        """Yield the vector to write a client's update to: one of its own, or its shared row.
+
+        Past the cache that is a buffer, and it is written there while the next client trains.
+
+        Raises:
+            OSError: the one before could not be written.
+        """
         if "weights" in content.array_records:
-            return list(np.empty((len(slots), self._parameters), np.float32))
-        rows = self._path(content, "updates").stat().st_size // (4 * self._parameters)
-        shared = self._map(content, "updates", rows * self._parameters, np.float32)
-        return [shared[slot * self._parameters :][: self._parameters] for slot in slots]
+            yield np.empty(self._parameters, np.float32)
+            return
+        path, size = self._path(content, "updates"), row_bytes(self._parameters)
+        if content.config_records["folder"]["past_cache"]:
+            self._writing.finish()
+            if len(self._to_write) != size:
+                self._to_write = buffer(size)
+            yield np.frombuffer(self._to_write, np.float32, self._parameters)
+            self._writing.begin(lambda: self._write(path, slot * size))
+            return
+        shared = self._map(content, "updates", path.stat().st_size // 4, np.float32)
+        yield shared[slot * size // 4 :][: self._parameters]
 
     def put_updates(self, content: RecordDict, reply: RecordDict, updates: list[Vector]) -> None:
         """Put single updates into the reply unless they are in their shared rows already."""
         if "weights" in content.array_records:
-            reply["updates"] = ArrayRecord([np.stack(updates)])
+            reply["updates"] = ArrayRecord([np.reshape(updates, (-1, self._parameters))])
+
+    def _write(self, path: Path, begin: int) -> None:
+        with opened(path, "r+b") as descriptor:
+            past_cache(descriptor, lambda: write(descriptor, [memoryview(self._to_write)], begin))
 
     def _path(self, content: RecordDict, name: str) -> Path:
         return Path(str(content.config_records["folder"]["path"])) / name
