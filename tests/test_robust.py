@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import threading
 import tracemalloc
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -490,6 +491,95 @@ def test_a_core_goes_through_the_updates_in_their_order(
     turns_back = sum(later <= before for before, later in itertools.pairwise(looked_at))
     assert len(looked_at) > 32
     assert turns_back <= 1  # from the products to the mean of what was selected
+
+
+def on_a_disk(updates: Sequence[Update], noted: list[tuple[int, int]]) -> list[Update]:
+    """Return the same updates, of which whole blocks can be read; note from where to where."""
+
+    def reading(update: Update) -> Update:
+        vector = flat(update.delta)
+        vector = np.pad(vector, (0, -len(vector) % 1024), constant_values=np.nan)
+
+        def read(begin: int, into: NDArray[np.float32]) -> None:
+            noted.append((begin, begin + into.size))
+            assert begin % 1024 == into.size % 1024 == into.ctypes.data % 4096 == 0
+            into[:] = vector[begin : begin + into.size]
+
+        return dataclasses.replace(update, read=read)
+
+    return [reading(update) for update in updates]
+
+
+@every_rule
+@pytest.mark.parametrize("compared", [0, 64])
+def test_from_a_disk_come_the_same_bits(
+    rule: Strategy, byzantine: int, compared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether updates fit in memory depends on the machine, and on what else runs there."""
+    draw, shapes = np.random.default_rng(0), ((5000,), (0, 3), (70, 90), (), (900,), (1, 1024))
+    updates = [
+        Update(1, 0.0, 0, client=i, delta=[draw.random(shape, np.float32) for shape in shapes])
+        for i in range(11)
+    ]
+    monkeypatch.setattr(columns, "_PART", 11 * 700)
+    monkeypatch.setattr(columns, "_LEAST", 700)
+    monkeypatch.setattr(columns, "_ROW", 700)
+    monkeypatch.setattr(columns, "_MOST_COMPARED", compared)
+    monkeypatch.setattr(columns, "_SPAN", 11 * 3000)
+    noted, in_memory = list[tuple[int, int]](), rule.aggregate(updates)
+    monkeypatch.setattr(columns, "_pieces", None)
+
+    from_disk = rule.aggregate(on_a_disk(updates, noted))
+
+    assert [layer.shape for layer in from_disk] == list(shapes)
+    for one, other in zip(in_memory, from_disk, strict=True):
+        np.testing.assert_array_equal(one, other)
+    ways = [way for way, _ in itertools.groupby(noted)]  # all updates' same block by block
+    assert len(ways) > 3
+    assert sum(begin == 0 for begin, _ in ways) == (2 if isinstance(rule, TWICE) else 1)
+    for (_, end), (begin, _) in itertools.pairwise(ways):
+        assert begin in {0, end, end - 1024}  # a block that two share is read for both
+    assert {begin == 0 for begin, _ in ways} == {True, False}
+
+
+# Inner products, then a mean of what was selected.
+TWICE = (MultiKrum, Bulyan, GeometricMedian)
+
+
+def test_a_disk_reads_on_while_values_are_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "_SPAN", 2 * 1024)
+    monkeypatch.setattr(columns, "_ROW", 1024)
+    updates = [
+        Update(1, 0.0, 0, client=i, delta=[np.arange(4096, dtype=np.float32)]) for i in range(2)
+    ]
+    reached = {begin: threading.Event() for begin in range(0, 4096, 1024)}
+
+    def reading(update: Update) -> Callable[[int, NDArray[np.float32]], None]:
+        def read(begin: int, into: NDArray[np.float32]) -> None:
+            into[:] = update.delta[0][begin : begin + into.size]
+            reached[begin].set()
+
+        return read
+
+    def rule(values: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        following = int(values[0][0]) + 1024
+        assert following not in reached or reached[following].wait(60)
+        return values[0]
+
+    (found,) = by_rank([dataclasses.replace(u, read=reading(u)) for u in updates], [0], rule)
+
+    np.testing.assert_array_equal(found, updates[0].delta[0])
+
+
+@every_rule
+def test_what_a_disk_cannot_read_is_told(rule: Strategy, byzantine: int) -> None:
+    def broken(begin: int, into: NDArray[np.float32]) -> None:
+        raise OSError("Input/output error")
+
+    updates = [dataclasses.replace(update, read=broken) for update in some_updates(0, 11)]
+
+    with pytest.raises(OSError, match="Input/output error"):
+        rule.aggregate(updates)
 
 
 @every_rule

@@ -15,6 +15,7 @@ from flwr.app import RecordDict
 
 from femfed import UserError
 from femfed.engine.apps import cut
+from femfed.engine.direct import buffer
 from femfed.engine.wire import (
     Inbox,
     Outbox,
@@ -278,6 +279,14 @@ def test_single_updates_arrive_in_their_rows(
 
         assert updates.dtype == np.float32
         assert np.array_equal(updates, rows)
+        for number, row in enumerate(rows):
+            reader, pages = outbox.reader(number), buffer(row_bytes(PARAMETERS))
+            assert (reader is None) == (way != "past the cache")
+            for begin in (0, 1024, 65_536) if reader else ():
+                read = np.frombuffer(pages, np.float32)
+                reader(begin, read)  # may hold more than there is
+                assert np.array_equal(read[: PARAMETERS - begin], row[begin:])
+                reader(begin, read[:1024])
 
 
 def test_too_many_updates_are_written_past_the_cache_in_whole_blocks(

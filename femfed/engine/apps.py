@@ -575,7 +575,12 @@ class GridWorkers:
         elif not job.strategy.averages:
             rows = self._outbox.updates(replies, completed, len(examples))
             updates = [
-                Update(**vars(outcome), client=client, delta=unflatten(rows[place], self._shapes))
+                Update(
+                    **vars(outcome),
+                    client=client,
+                    delta=unflatten(rows[place], self._shapes),
+                    read=self._outbox.reader(place),
+                )
                 for client, place, outcome in zip(cohort.tolist(), present, outcomes, strict=True)
             ]
         if job.strategy.remembers:

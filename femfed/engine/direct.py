@@ -93,13 +93,13 @@ def write(descriptor: int, parts: list[memoryview], begin: int = 0) -> None:
             parts[0] = parts[0][written:]
 
 
-def read(descriptor: int, into: memoryview, size: int) -> None:
-    """Read the `size` bytes of a file; `into` may hold more, to a whole block.
+def read(descriptor: int, into: memoryview, size: int, begin: int = 0) -> None:
+    """Read `size` bytes of a file from `begin` on; `into` may hold more, to a whole block.
 
     Raises:
         OSError: there are fewer.
     """
-    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.lseek(descriptor, begin, os.SEEK_SET)
     done = 0
     while done < size:
         count = os.readv(descriptor, [into[done:]])

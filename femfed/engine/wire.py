@@ -8,6 +8,7 @@ inside the Flower messages. Both give the same bits, because sums are exact (`lo
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import importlib
 import json
 import mmap
@@ -15,7 +16,7 @@ import os
 import select
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import DTypeLike, NDArray
 
 from femfed import UserError
-from femfed.engine.direct import BLOCK, Background, buffer, opened, past_cache, write
+from femfed.engine.direct import BLOCK, Background, buffer, opened, past_cache, read, write
 from femfed.engine.folders import OwnedFolder, remove_abandoned
 from femfed.engine.footprint import available_memory
 from femfed.local import flatten
@@ -272,6 +273,18 @@ class Outbox:
         for reply, rows in zip(replies, slots, strict=True):
             updates[rows] = _only_array(reply, "updates")
         return updates
+
+    def reader(self, row: int) -> Callable[[int, Vector], None] | None:
+        """Return what reads a single update (`Update.read`), None where it is in memory."""
+        return functools.partial(self._read, row) if self._past_cache else None
+
+    def _read(self, row: int, begin: int, into: Vector) -> None:
+        assert self._folder is not None
+        size = min(into.nbytes, row_bytes(self._parameters) - 4 * begin)
+        place = row * row_bytes(self._parameters) + 4 * begin
+        to = into.view(np.uint8).data[:size]
+        with opened(self._folder / "updates", "rb") as descriptor:
+            past_cache(descriptor, lambda: read(descriptor, to, size, place))
 
 
 class Inbox:

@@ -51,10 +51,14 @@ class Update(Outcome):
     Attributes:
         client: which client of the federation.
         delta: local minus global weights.
+        read: given a multiple of 1,024 and an array that begins where a page of memory does, reads
+            all layers as one vector from there on. Where updates are too many for the memory that
+            is faster than to look into `delta`; elsewhere None.
     """
 
     client: int = -1
     delta: Weights = ()  # type: ignore[assignment]  # always given; the fields before have defaults
+    read: Callable[[int, Array], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ The updates coordinate by coordinate, their distances, Krum's scores, how many c
 import contextlib
 import functools
 import itertools
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +24,11 @@ _LEAST = 2**12  # coordinates multiplied at a time: of fewer, to look into all u
 _ROW = 2**15  # coordinates compared at a time: enough that NumPy's calls cost less than their work
 _MOST_COMPARED = 64  # updates: of more, a coordinate's values are sooner sorted by themselves
 _GROUPS = 32  # of parts whose inner products are added up by themselves
+_SPAN = 2**26  # values that all cores work on before any goes on: what is read from a disk at once
+_BLOCK = 2**10  # values of float32 that a disk reads at least
 
 _Part = tuple[int, slice]  # a layer, and a piece of it flattened
+_Pieces = list[NDArray[np.float32]]  # a part of every update, `[coordinates]` each
 # Two places, and whether the smaller value at the one and the larger at the other matter later.
 _Comparison = tuple[int, int, bool, bool]
 
@@ -49,10 +53,10 @@ def by_rank(
     compares = n <= _MOST_COMPARED
     network = _network(n, tuple(ranks)) if compares else ()
 
-    def made(scratch: _Scratch, part: _Part) -> NDArray[np.floating[Any]]:
+    def made(scratch: _Scratch, pieces: _Pieces) -> NDArray[np.floating[Any]]:
         if compares:
-            return rule(_compared(scratch, updates, part, network))
-        rows = scratch.rows(updates, part, np.float32)
+            return rule(_compared(scratch, pieces, network))
+        rows = scratch.rows(pieces, np.float32)
         columns = scratch.array("columns", rows.shape[::-1], np.float32)
         np.copyto(columns, rows.T)
         columns.sort(axis=1)
@@ -70,7 +74,7 @@ def weighted_mean(updates: Sequence[Update], weights: NDArray[np.float64]) -> We
     """
     return _by_part(
         updates,
-        lambda scratch, part: weights @ scratch.rows(updates, part, np.float64),
+        lambda scratch, pieces: weights @ scratch.rows(pieces, np.float64),
         _parts_to_multiply(updates),
     )
 
@@ -95,21 +99,25 @@ def gram_matrix(updates: Sequence[Update]) -> NDArray[np.float64]:
 
 def _gram_matrix(updates: Sequence[Update], centred: bool) -> NDArray[np.float64]:
     n, scratch = len(updates), _Scratch()
-    parts = _parts_to_multiply(updates)
-    bounds = [len(parts) * group // _GROUPS for group in range(_GROUPS + 1)]
+    total = np.zeros((n, n))
 
-    def add_up(some: Sequence[_Part]) -> NDArray[np.float64]:
+    def add_up(pieces_of: Callable[[_Part], _Pieces], some: Sequence[_Part]) -> NDArray[np.float64]:
         gram, products = np.zeros((n, n)), scratch.array("products", (n, n), np.float64)
         for part in some:
-            values = scratch.rows(updates, part, np.float64)
+            values = scratch.rows(pieces_of(part), np.float64)
             if centred:
                 values -= np.sort(values.T, axis=1)[:, n // 2]
             gram += np.matmul(values, values.T, out=products)
         return gram
 
-    with _all_cores() as each:  # in a fixed order, whatever the cores, and once through a file
-        groups = [parts[first:last] for first, last in itertools.pairwise(bounds)]
-        return sum(each(add_up, groups), np.zeros((n, n)))
+    with _all_cores() as each:
+        for parts, pieces_of in _spans(updates, _parts_to_multiply(updates)):
+            groups = min(_GROUPS, -(-len(parts) // 2))  # neighbours, whatever the cores
+            bounds = [len(parts) * group // groups for group in range(groups + 1)]
+            some = [parts[first:last] for first, last in itertools.pairwise(bounds)]
+            for gram in each(functools.partial(add_up, pieces_of), some):
+                total += gram
+    return total
 
 
 def squared_distances(updates: Sequence[Update]) -> NDArray[np.float64]:
@@ -214,13 +222,10 @@ def _merge_sort(n: int) -> list[tuple[int, int]]:
 
 
 def _compared(
-    scratch: "_Scratch",
-    updates: Sequence[Update],
-    part: _Part,
-    network: Sequence[_Comparison],
+    scratch: "_Scratch", pieces: _Pieces, network: Sequence[_Comparison]
 ) -> list[NDArray[np.float32]]:
     """Return a part of every update once the comparisons of `network` are taken."""
-    values = _pieces(updates, part)  # read only, or `own` of its place; `spare` is nobody's
+    values = list(pieces)  # read only, or `own` of its place; `spare` is nobody's
     *own, spare = scratch.array("compared", (len(values) + 1, values[0].size), np.float32)
     for low, high, smaller, larger in network:
         one, other = values[low], values[high]
@@ -248,7 +253,61 @@ def _parts_to_multiply(updates: Sequence[Update]) -> list[_Part]:
     return _parts(updates, max(_PART // len(updates), _LEAST))
 
 
-def _pieces(updates: Sequence[Update], part: _Part) -> list[NDArray[np.float32]]:
+def _spans(
+    updates: Sequence[Update], parts: Sequence[_Part]
+) -> Iterator[tuple[list[_Part], Callable[[_Part], _Pieces]]]:
+    """Yield all parts, some at a time, and what returns their pieces until the next are asked for.
+
+    Where updates can be read (`Update.read`), the next parts are while these are worked on.
+    """
+    n, layers = len(updates), [layer.size for layer in updates[0].delta]
+    before = [0, *itertools.accumulate(layers)]  # coordinates
+
+    def bounds(part: _Part) -> tuple[int, int]:
+        layer, piece = part
+        return before[layer] + piece.start, before[layer] + min(piece.stop, layers[layer])
+
+    length = max(1, _SPAN // n)
+    spans = [list(some) for _, some in itertools.groupby(parts, lambda p: bounds(p)[0] // length)]
+    if updates[0].read is None:
+        for span in spans:
+            yield span, functools.partial(_pieces, updates)
+        return
+    ranges = [
+        (bounds(span[0])[0] // _BLOCK * _BLOCK, -(-bounds(span[-1])[1] // _BLOCK) * _BLOCK)
+        for span in spans
+    ]
+    longest = max((end - begin for begin, end in ranges), default=0)
+    buffers = [_pages(n, longest) for _ in spans[:2]]
+
+    def read(place: int) -> Callable[[_Part], _Pieces]:
+        (begin, end), rows = ranges[place], buffers[place % 2]
+        for update, row in zip(updates, rows, strict=True):
+            assert update.read is not None
+            update.read(begin, row[: end - begin])
+
+        def pieces_of(part: _Part) -> _Pieces:
+            first, last = bounds(part)
+            return list(rows[:, first - begin : last - begin])
+
+        return pieces_of
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = [reader.submit(read, place) for place in range(len(spans[:1]))]
+        for place, span in enumerate(spans):
+            pieces_of = ahead.pop().result()
+            if place + 1 < len(spans):
+                ahead.append(reader.submit(read, place + 1))
+            yield span, pieces_of
+
+
+def _pages(rows: int, columns: int) -> NDArray[np.float32]:
+    """Return an array that begins where a page of memory does."""
+    pages = mmap.mmap(-1, 4 * rows * columns, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, np.float32).reshape(rows, columns)
+
+
+def _pieces(updates: Sequence[Update], part: _Part) -> _Pieces:
     """Return a part of every update, `[coordinates]` each."""
     return [update.delta[part[0]].reshape(-1)[part[1]] for update in updates]
 
@@ -266,9 +325,8 @@ class _Scratch(threading.local):
             kept = self._kept[name] = np.empty(size, dtype)
         return kept[:size].reshape(shape)
 
-    def rows(self, updates: Sequence[Update], part: _Part, dtype: Any) -> NDArray[Any]:
+    def rows(self, pieces: _Pieces, dtype: Any) -> NDArray[Any]:
         """Return a copy of a part of every update, `[n, coordinates]`."""
-        pieces = _pieces(updates, part)
         values = self.array("rows", (len(pieces), pieces[0].size), dtype)
         for row, piece in zip(values, pieces, strict=True):
             row[:] = piece
@@ -277,19 +335,20 @@ class _Scratch(threading.local):
 
 def _by_part(
     updates: Sequence[Update],
-    made: Callable[[_Scratch, _Part], NDArray[np.floating[Any]]],
+    made: Callable[[_Scratch, _Pieces], NDArray[np.floating[Any]]],
     parts: Sequence[_Part],
 ) -> Weights:
     """Return the layers whose `parts` are `made`, on all cores."""
     layers = [np.empty(layer.shape, np.float32) for layer in updates[0].delta]
     scratch = _Scratch()
 
-    def fill(part: _Part) -> None:
+    def fill(pieces_of: Callable[[_Part], _Pieces], part: _Part) -> None:
         layer, piece = part
-        layers[layer].reshape(-1)[piece] = made(scratch, part)
+        layers[layer].reshape(-1)[piece] = made(scratch, pieces_of(part))
 
     with _all_cores() as each:
-        list(each(fill, parts))
+        for some, pieces_of in _spans(updates, parts):
+            list(each(functools.partial(fill, pieces_of), some))
     return layers
 
 
