@@ -26,6 +26,7 @@ _MOST_COMPARED = 64  # updates: of more, a coordinate's values are sooner sorted
 _GROUPS = 32  # of parts whose inner products are added up by themselves
 _SPAN = 2**26  # values that all cores work on before any goes on: what is read from a disk at once
 _BLOCK = 2**10  # values of float32 that a disk reads at least
+_READERS = 2  # threads: one leaves a disk idle between what it asks for
 
 _Part = tuple[int, slice]  # a layer, and a piece of it flattened
 _Pieces = list[NDArray[np.float32]]  # a part of every update, `[coordinates]` each
@@ -41,7 +42,8 @@ def by_rank(
     """Return what `rule` makes of every coordinate's values in ascending order, on all cores.
 
     Memory does not grow with the model: a core has a few copies of 2^15 coordinates of all updates
-    at a time, 8 MiB each for 64 updates, and of 2^18 values, 1 MiB, for more.
+    at a time, 8 MiB each for 64 updates, and of 2^18 values, 1 MiB, for more. Updates on a disk
+    take 512 MiB besides, here and below.
 
     Args:
         updates: of n clients, at least one.
@@ -243,7 +245,7 @@ def _compared(
 def _parts(updates: Sequence[Update], coordinates: int) -> list[_Part]:
     step = max(1, coordinates)
     return [
-        (layer, slice(start, start + step))
+        (layer, slice(start, min(start + step, array.size)))
         for layer, array in enumerate(updates[0].delta)
         for start in range(0, array.size, step)
     ]
@@ -260,16 +262,16 @@ def _spans(
 
     Where updates can be read (`Update.read`), the next parts are while these are worked on.
     """
-    n, layers = len(updates), [layer.size for layer in updates[0].delta]
-    before = [0, *itertools.accumulate(layers)]  # coordinates
+    n, sizes = len(updates), [layer.size for layer in updates[0].delta]
+    before = [0, *itertools.accumulate(sizes)]  # coordinates
 
     def bounds(part: _Part) -> tuple[int, int]:
         layer, piece = part
-        return before[layer] + piece.start, before[layer] + min(piece.stop, layers[layer])
+        return before[layer] + piece.start, before[layer] + piece.stop
 
     length = max(1, _SPAN // n)
     spans = [list(some) for _, some in itertools.groupby(parts, lambda p: bounds(p)[0] // length)]
-    if updates[0].read is None:
+    if updates[0].read is None or not spans:
         for span in spans:
             yield span, functools.partial(_pieces, updates)
         return
@@ -277,28 +279,27 @@ def _spans(
         (bounds(span[0])[0] // _BLOCK * _BLOCK, -(-bounds(span[-1])[1] // _BLOCK) * _BLOCK)
         for span in spans
     ]
-    longest = max((end - begin for begin, end in ranges), default=0)
-    buffers = [_pages(n, longest) for _ in spans[:2]]
+    longest = max(end - begin for begin, end in ranges)
+    buffers = [_pages(n, longest), _pages(n, longest)]
 
-    def read(place: int) -> Callable[[_Part], _Pieces]:
-        (begin, end), rows = ranges[place], buffers[place % 2]
-        for update, row in zip(updates, rows, strict=True):
+    def read(reader: int, place: int) -> None:
+        begin, end = ranges[place]
+        for update, row in list(zip(updates, buffers[place % 2], strict=True))[reader::_READERS]:
             assert update.read is not None
             update.read(begin, row[: end - begin])
 
-        def pieces_of(part: _Part) -> _Pieces:
-            first, last = bounds(part)
-            return list(rows[:, first - begin : last - begin])
+    def pieces_of(place: int, part: _Part) -> _Pieces:
+        first, last = (bound - ranges[place][0] for bound in bounds(part))
+        return list(buffers[place % 2][:, first:last])
 
-        return pieces_of
-
-    with ThreadPoolExecutor(1) as reader:
-        ahead = [reader.submit(read, place) for place in range(len(spans[:1]))]
+    with ThreadPoolExecutor(_READERS) as readers:
+        ahead = [readers.submit(read, reader, 0) for reader in range(_READERS)]
         for place, span in enumerate(spans):
-            pieces_of = ahead.pop().result()
+            for each in ahead:
+                each.result()
             if place + 1 < len(spans):
-                ahead.append(reader.submit(read, place + 1))
-            yield span, pieces_of
+                ahead = [readers.submit(read, reader, place + 1) for reader in range(_READERS)]
+            yield span, functools.partial(pieces_of, place)
 
 
 def _pages(rows: int, columns: int) -> NDArray[np.float32]:
