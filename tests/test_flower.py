@@ -21,10 +21,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.supercore.task_identity import TaskIdentity
 
 from femfed import UserError, checkpoint, config
-from femfed.strategies import flower
+from femfed.strategies import columns, flower
 from femfed.strategies.base import Cohort, State, Update, Weights
 from femfed.strategies.fedavg import FedAvg
 from femfed.strategies.flower import Flower
+from tests.test_robust import on_a_disk
 
 SHAPES = ((6, 5), (7,), (2, 2, 1, 3))
 CLIENTS, ROUNDS = 8, 5
@@ -44,6 +45,7 @@ ARGUMENTS: dict[str, dict[str, float]] = {
     "QFedAvg": {"client_learning_rate": 0.3, "q": 0.5},
 }
 DEFAULTS = {name: {} for name in ARGUMENTS} | {"QFedAvg": {"client_learning_rate": 0.3}}
+WHOLE = ("Bulyan", "Krum", "MultiKrum", "QFedAvg")  # look at all of a client's weights together
 every_strategy = pytest.mark.parametrize("name", ARGUMENTS)
 
 
@@ -295,13 +297,30 @@ def test_pieces_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(flower, "_SMALLEST", 1)
     monkeypatch.setattr(flower, "_AT_ONCE", 4 * CLIENTS)
-    parts = list(strategy._parts(weights, CLIENTS))
+    parts = list(strategy._pieces(some_updates(1)))
     ours, our_state = five_rounds(strategy)
 
     # 30, 7 and 12 numbers, 4 at a time
-    assert len(parts) == (1 if name in ("Bulyan", "Krum", "MultiKrum", "QFedAvg") else 8 + 2 + 3)
+    assert len(parts) == (1 if name in WHOLE else 8 + 2 + 3)
     assert same(ours, weights)
     assert same_states(our_state, state)
+
+
+@every_strategy
+def test_from_a_disk_come_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy, weights, updates = made(name, **ARGUMENTS[name]), some_weights(99), some_updates(1)
+    state, cohort = strategy.init(weights), cohort_of(updates)
+    monkeypatch.setattr(flower, "_SMALLEST", 1)
+    monkeypatch.setattr(flower, "_AT_ONCE", 4 * CLIENTS)
+    monkeypatch.setattr(columns, "_SPAN", 10 * CLIENTS)
+    in_memory, its_state = strategy.combine(weights, updates, state, cohort)
+    noted: list[tuple[int, int]] = []
+
+    from_disk, our_state = strategy.combine(weights, on_a_disk(updates, noted), state, cohort)
+
+    assert same(from_disk, in_memory)
+    assert same_states(our_state, its_state)
+    assert bool(noted) == (name not in WHOLE)
 
 
 def test_a_mapping_and_its_text_are_one() -> None:

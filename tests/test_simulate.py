@@ -233,6 +233,22 @@ def test_a_killed_worker_changes_nothing(finished, tmp_path: Path) -> None:
     assert len(rows(tmp_path / "run" / "rounds.csv")) == 400
 
 
+def test_updates_that_are_too_many_for_the_memory_change_nothing(tmp_path: Path) -> None:
+    """Two workers write them past the system's cache, where the rule reads them."""
+    multikrum = [*TINY, "rounds=3", "strategy=multikrum"]
+    without = "from femfed.engine import wire; wire.available_memory = lambda: 0"
+    command = [sys.executable, "-c", f"{without}; import simulate; simulate.main()", *multikrum]
+    command += ["engine.workers=2", f"cache={tmp_path}/cache", f"hydra.run.dir={tmp_path}/run"]
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    assert done.returncode == 0, done.stderr
+    assert f"travel through files in {tmp_path}/run" in done.stdout
+    run(tmp_path / "inline", *multikrum, "engine=inline")
+    expected = summary(tmp_path / "inline" / "run")["weights_sha256"]
+    assert summary(tmp_path / "run")["weights_sha256"] == expected
+
+
 # 127.0.0.1, the same mapped into IPv6, and ::1, as the kernel writes them
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -256,8 +257,14 @@ WAYS = {"by value": 0, "by reference": 2, "past the cache": 1}  # and the memory
 def test_single_updates_arrive_in_their_rows(
     tmp_path: Path, weights: np.ndarray, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    available = WAYS[way] * 5 * row_bytes(PARAMETERS)
+    available, writev = WAYS[way] * 5 * row_bytes(PARAMETERS), os.writev
+
+    def slow(descriptor: int, parts: list[memoryview]) -> int:
+        time.sleep(0.02)  # the next one is there by then
+        return writev(descriptor, parts)
+
     monkeypatch.setattr("femfed.engine.wire.available_memory", lambda: available)
+    monkeypatch.setattr(os, "writev", slow)
     outbox = Outbox(None if way == "by value" else tmp_path, PARAMETERS)
     outbox.reserve_updates(5)
     slots = [[3, 1], [0], [], [2, 4]]

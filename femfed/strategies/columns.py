@@ -28,8 +28,8 @@ _SPAN = 2**26  # values that all cores work on before any goes on: what is read 
 _BLOCK = 2**10  # values of float32 that a disk reads at least
 _READERS = 2  # threads: one leaves a disk idle between what it asks for
 
-_Part = tuple[int, slice]  # a layer, and a piece of it flattened
-_Pieces = list[NDArray[np.float32]]  # a part of every update, `[coordinates]` each
+Part = tuple[int, slice]  # a layer, and a piece of it flattened
+Pieces = list[NDArray[np.float32]]  # a part of every update, `[coordinates]` each
 # Two places, and whether the smaller value at the one and the larger at the other matter later.
 _Comparison = tuple[int, int, bool, bool]
 
@@ -55,7 +55,7 @@ def by_rank(
     compares = n <= _MOST_COMPARED
     network = _network(n, tuple(ranks)) if compares else ()
 
-    def made(scratch: _Scratch, pieces: _Pieces) -> NDArray[np.floating[Any]]:
+    def made(scratch: _Scratch, pieces: Pieces) -> NDArray[np.floating[Any]]:
         if compares:
             return rule(_compared(scratch, pieces, network))
         rows = scratch.rows(pieces, np.float32)
@@ -64,7 +64,7 @@ def by_rank(
         columns.sort(axis=1)
         return rule(list(columns.T))
 
-    return _by_part(updates, made, _parts(updates, _ROW if compares else _PART // n))
+    return _by_part(updates, made, parts_of(updates, _ROW if compares else _PART // n))
 
 
 def weighted_mean(updates: Sequence[Update], weights: NDArray[np.float64]) -> Weights:
@@ -77,7 +77,7 @@ def weighted_mean(updates: Sequence[Update], weights: NDArray[np.float64]) -> We
     return _by_part(
         updates,
         lambda scratch, pieces: weights @ scratch.rows(pieces, np.float64),
-        _parts_to_multiply(updates),
+        _to_multiply(updates),
     )
 
 
@@ -103,7 +103,7 @@ def _gram_matrix(updates: Sequence[Update], centred: bool) -> NDArray[np.float64
     n, scratch = len(updates), _Scratch()
     total = np.zeros((n, n))
 
-    def add_up(pieces_of: Callable[[_Part], _Pieces], some: Sequence[_Part]) -> NDArray[np.float64]:
+    def add_up(pieces_of: Callable[[Part], Pieces], some: Sequence[Part]) -> NDArray[np.float64]:
         gram, products = np.zeros((n, n)), scratch.array("products", (n, n), np.float64)
         for part in some:
             values = scratch.rows(pieces_of(part), np.float64)
@@ -113,7 +113,7 @@ def _gram_matrix(updates: Sequence[Update], centred: bool) -> NDArray[np.float64
         return gram
 
     with _all_cores() as each:
-        for parts, pieces_of in _spans(updates, _parts_to_multiply(updates)):
+        for parts, pieces_of in spans(updates, _to_multiply(updates)):
             groups = min(_GROUPS, -(-len(parts) // 2))  # neighbours, whatever the cores
             bounds = [len(parts) * group // groups for group in range(groups + 1)]
             some = [parts[first:last] for first, last in itertools.pairwise(bounds)]
@@ -224,7 +224,7 @@ def _merge_sort(n: int) -> list[tuple[int, int]]:
 
 
 def _compared(
-    scratch: "_Scratch", pieces: _Pieces, network: Sequence[_Comparison]
+    scratch: "_Scratch", pieces: Pieces, network: Sequence[_Comparison]
 ) -> list[NDArray[np.float32]]:
     """Return a part of every update once the comparisons of `network` are taken."""
     values = list(pieces)  # read only, or `own` of its place; `spare` is nobody's
@@ -242,7 +242,8 @@ def _compared(
     return values
 
 
-def _parts(updates: Sequence[Update], coordinates: int) -> list[_Part]:
+def parts_of(updates: Sequence[Update], coordinates: int) -> list[Part]:
+    """Return pieces of all layers, one after the other, of so many coordinates at most."""
     step = max(1, coordinates)
     return [
         (layer, slice(start, min(start + step, array.size)))
@@ -251,13 +252,13 @@ def _parts(updates: Sequence[Update], coordinates: int) -> list[_Part]:
     ]
 
 
-def _parts_to_multiply(updates: Sequence[Update]) -> list[_Part]:
-    return _parts(updates, max(_PART // len(updates), _LEAST))
+def _to_multiply(updates: Sequence[Update]) -> list[Part]:
+    return parts_of(updates, max(_PART // len(updates), _LEAST))
 
 
-def _spans(
-    updates: Sequence[Update], parts: Sequence[_Part]
-) -> Iterator[tuple[list[_Part], Callable[[_Part], _Pieces]]]:
+def spans(
+    updates: Sequence[Update], parts: Sequence[Part]
+) -> Iterator[tuple[list[Part], Callable[[Part], Pieces]]]:
     """Yield all parts, some at a time, and what returns their pieces until the next are asked for.
 
     Where updates can be read (`Update.read`), the next parts are while these are worked on.
@@ -265,19 +266,19 @@ def _spans(
     n, sizes = len(updates), [layer.size for layer in updates[0].delta]
     before = [0, *itertools.accumulate(sizes)]  # coordinates
 
-    def bounds(part: _Part) -> tuple[int, int]:
+    def bounds(part: Part) -> tuple[int, int]:
         layer, piece = part
         return before[layer] + piece.start, before[layer] + piece.stop
 
     length = max(1, _SPAN // n)
-    spans = [list(some) for _, some in itertools.groupby(parts, lambda p: bounds(p)[0] // length)]
-    if updates[0].read is None or not spans:
-        for span in spans:
+    cut = [list(some) for _, some in itertools.groupby(parts, lambda p: bounds(p)[0] // length)]
+    if updates[0].read is None or not cut:
+        for span in cut:
             yield span, functools.partial(_pieces, updates)
         return
     ranges = [
         (bounds(span[0])[0] // _BLOCK * _BLOCK, -(-bounds(span[-1])[1] // _BLOCK) * _BLOCK)
-        for span in spans
+        for span in cut
     ]
     longest = max(end - begin for begin, end in ranges)
     buffers = [_pages(n, longest), _pages(n, longest)]
@@ -288,16 +289,16 @@ def _spans(
             assert update.read is not None
             update.read(begin, row[: end - begin])
 
-    def pieces_of(place: int, part: _Part) -> _Pieces:
+    def pieces_of(place: int, part: Part) -> Pieces:
         first, last = (bound - ranges[place][0] for bound in bounds(part))
         return list(buffers[place % 2][:, first:last])
 
     with ThreadPoolExecutor(_READERS) as readers:
         ahead = [readers.submit(read, reader, 0) for reader in range(_READERS)]
-        for place, span in enumerate(spans):
+        for place, span in enumerate(cut):
             for each in ahead:
                 each.result()
-            if place + 1 < len(spans):
+            if place + 1 < len(cut):
                 ahead = [readers.submit(read, reader, place + 1) for reader in range(_READERS)]
             yield span, functools.partial(pieces_of, place)
 
@@ -308,7 +309,7 @@ def _pages(rows: int, columns: int) -> NDArray[np.float32]:
     return np.frombuffer(pages, np.float32).reshape(rows, columns)
 
 
-def _pieces(updates: Sequence[Update], part: _Part) -> _Pieces:
+def _pieces(updates: Sequence[Update], part: Part) -> Pieces:
     """Return a part of every update, `[coordinates]` each."""
     return [update.delta[part[0]].reshape(-1)[part[1]] for update in updates]
 
@@ -326,7 +327,7 @@ class _Scratch(threading.local):
             kept = self._kept[name] = np.empty(size, dtype)
         return kept[:size].reshape(shape)
 
-    def rows(self, pieces: _Pieces, dtype: Any) -> NDArray[Any]:
+    def rows(self, pieces: Pieces, dtype: Any) -> NDArray[Any]:
         """Return a copy of a part of every update, `[n, coordinates]`."""
         values = self.array("rows", (len(pieces), pieces[0].size), dtype)
         for row, piece in zip(values, pieces, strict=True):
@@ -336,19 +337,19 @@ class _Scratch(threading.local):
 
 def _by_part(
     updates: Sequence[Update],
-    made: Callable[[_Scratch, _Pieces], NDArray[np.floating[Any]]],
-    parts: Sequence[_Part],
+    made: Callable[[_Scratch, Pieces], NDArray[np.floating[Any]]],
+    parts: Sequence[Part],
 ) -> Weights:
     """Return the layers whose `parts` are `made`, on all cores."""
     layers = [np.empty(layer.shape, np.float32) for layer in updates[0].delta]
     scratch = _Scratch()
 
-    def fill(pieces_of: Callable[[_Part], _Pieces], part: _Part) -> None:
+    def fill(pieces_of: Callable[[Part], Pieces], part: Part) -> None:
         layer, piece = part
         layers[layer].reshape(-1)[piece] = made(scratch, pieces_of(part))
 
     with _all_cores() as each:
-        for some, pieces_of in _spans(updates, parts):
+        for some, pieces_of in spans(updates, parts):
             list(each(functools.partial(fill, pieces_of), some))
     return layers
 

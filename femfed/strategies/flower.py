@@ -13,6 +13,7 @@ import numpy as np
 
 from femfed import UserError
 from femfed.strategies.base import Cohort, State, Strategy, Update, Weights
+from femfed.strategies.columns import parts_of, spans
 
 _HOME = "flwr.serverapp.strategy"
 
@@ -138,15 +139,21 @@ class Flower(Strategy):
         after = [np.empty(w.shape, np.float32) for w in weights]
         kept = {name: [np.empty(w.shape, np.float32) for w in weights] for name in self._keeps}
         with _undisturbed():
-            for part in self._parts(weights, len(updates)):
-                made = self._aggregated(part, weights, updates, state, round)
+            for part, deltas in self._pieces(updates):
+                made = self._aggregated(part, deltas, weights, updates, state, round)
                 for target, pieces in zip([after, *kept.values()], made, strict=True):
                     for (place, piece), values in zip(part.values(), pieces, strict=True):
                         target[place].reshape(-1)[piece] = values
         return after, {**kept, "server_round": [np.full(1, round, np.float32)]}
 
     def _aggregated(
-        self, part: _Part, weights: Weights, updates: Sequence[Update], state: State, round: int
+        self,
+        part: _Part,
+        deltas: Sequence[Weights],
+        weights: Weights,
+        updates: Sequence[Update],
+        state: State,
+        round: int,
     ) -> list[list[Any]]:
         """Return a part of the next weights, and of each list that is kept, as Flower has it."""
         from flwr.app import (
@@ -168,10 +175,9 @@ class Flower(Strategy):
             listed = name == "momentum_vector"
             setattr(rule, name, list(pieces.values()) if listed else pieces)
         replies = []
-        for update in updates:
+        for update, its_deltas in zip(updates, deltas, strict=True):
             local = ArrayRecord()
-            for key, (place, piece) in part.items():
-                delta = np.ravel(update.delta[place])[piece]
+            for (key, (place, piece)), delta in zip(part.items(), its_deltas, strict=True):
                 local[key] = Array(np.ravel(weights[place])[piece] + delta)
             about = MetricRecord()
             about["num-examples"], about["train_loss"] = update.examples, update.loss_before
@@ -201,15 +207,16 @@ class Flower(Strategy):
             made.append(list(values.values()) if isinstance(values, dict) else values)
         return made
 
-    def _parts(self, weights: Weights, clients: int) -> Iterator[_Part]:
-        """Yield which weights Flower's strategy is given at a time: all, or piece by piece."""
+    def _pieces(self, updates: Sequence[Update]) -> Iterator[tuple[_Part, list[Weights]]]:
+        """Yield what Flower's strategy is given of the updates at a time: all, or some."""
         if self._name in _WHOLE:
-            yield {str(place): (place, slice(None)) for place in range(len(weights))}
+            part = {str(place): (place, slice(None)) for place in range(len(updates[0].delta))}
+            yield part, [[np.ravel(layer) for layer in update.delta] for update in updates]
             return
-        length = max(_SMALLEST, _AT_ONCE // clients)
-        for place, layer in enumerate(weights):
-            for start in range(0, layer.size, length):
-                yield {"0": (place, slice(start, start + length))}
+        length = max(_SMALLEST, _AT_ONCE // len(updates))
+        for some, pieces_of in spans(updates, parts_of(updates, length)):
+            for each in some:
+                yield {"0": each}, [[piece] for piece in pieces_of(each)]
 
     @property
     def _name(self) -> str:
