@@ -1,4 +1,4 @@
-"""Files written and read past the system's cache, while a client trains.
+"""Files written and read past the system's cache, while something else goes on.
 
 The disk moves them from and to buffers that are used again, where the cache would need new pages
 for each. That takes the disk some time, but hardly any of the processor.

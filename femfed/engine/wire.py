@@ -200,11 +200,13 @@ class Outbox:
     def reserve_updates(self, clients: int) -> None:
         """Make room for `clients` single updates, for strategies that do not average.
 
-        Where they take more than half of the memory there is, they go past the system's cache.
+        In a file on a disk they go past the system's cache if they take more than half of the
+        memory there is.
         """
         if self._folder is not None and "updates" not in self._files:
             size = clients * row_bytes(self._parameters)
-            self._past_cache = size > available_memory() // 2
+            on_a_disk = self._folder.parent != SHARED_MEMORY
+            self._past_cache = on_a_disk and size > available_memory() // 2
             self._files["updates"] = mapped(
                 self._folder / "updates", size // 4, np.float32, create=True
             )

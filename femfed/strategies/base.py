@@ -51,9 +51,10 @@ class Update(Outcome):
     Attributes:
         client: which client of the federation.
         delta: local minus global weights.
-        read: given a multiple of 1,024 and an array that begins where a page of memory does, reads
-            all layers as one vector from there on. Where updates are too many for the memory that
-            is faster than to look into `delta`; elsewhere None.
+        read: given a coordinate and an array, reads all layers as one vector from there on; what
+            follows the last one is no coordinate's. Both are multiples of 1,024, and the array
+            begins where a page of memory does. Where updates are too many for the memory that is
+            faster than to look into `delta`; elsewhere None.
     """
 
     client: int = -1

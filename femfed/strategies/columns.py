@@ -23,7 +23,7 @@ _PART = 2**18  # values handled at a time
 _LEAST = 2**12  # coordinates multiplied at a time: of fewer, to look into all updates costs more
 _ROW = 2**15  # coordinates compared at a time: enough that NumPy's calls cost less than their work
 _MOST_COMPARED = 64  # updates: of more, a coordinate's values are sooner sorted by themselves
-_GROUPS = 32  # of parts whose inner products are added up by themselves
+_GROUPS = 32  # of a span's parts at most, whose inner products are added up by themselves
 _SPAN = 2**26  # values that all cores work on before any goes on: what is read from a disk at once
 _BLOCK = 2**10  # values of float32 that a disk reads at least
 _READERS = 2  # threads: one leaves a disk idle between what it asks for
@@ -43,7 +43,7 @@ def by_rank(
 
     Memory does not grow with the model: a core has a few copies of 2^15 coordinates of all updates
     at a time, 8 MiB each for 64 updates, and of 2^18 values, 1 MiB, for more. Updates on a disk
-    take 512 MiB besides, here and below.
+    take some 512 MiB besides, here and below, and more where they are thousands.
 
     Args:
         updates: of n clients, at least one.
@@ -101,25 +101,26 @@ def gram_matrix(updates: Sequence[Update]) -> NDArray[np.float64]:
 
 def _gram_matrix(updates: Sequence[Update], centred: bool) -> NDArray[np.float64]:
     n, scratch = len(updates), _Scratch()
-    total = np.zeros((n, n))
+    sums: list[NDArray[np.float64]] = []  # one a group, whatever the cores
 
-    def add_up(pieces_of: Callable[[Part], Pieces], some: Sequence[Part]) -> NDArray[np.float64]:
-        gram, products = np.zeros((n, n)), scratch.array("products", (n, n), np.float64)
+    def add_up(
+        pieces_of: Callable[[Part], Pieces], total: NDArray[np.float64], some: Sequence[Part]
+    ) -> None:
+        products = scratch.array("products", (n, n), np.float64)
         for part in some:
             values = scratch.rows(pieces_of(part), np.float64)
             if centred:
                 values -= np.sort(values.T, axis=1)[:, n // 2]
-            gram += np.matmul(values, values.T, out=products)
-        return gram
+            total += np.matmul(values, values.T, out=products)
 
     with _all_cores() as each:
         for parts, pieces_of in spans(updates, _to_multiply(updates)):
-            groups = min(_GROUPS, -(-len(parts) // 2))  # neighbours, whatever the cores
+            groups = min(_GROUPS, len(parts))
             bounds = [len(parts) * group // groups for group in range(groups + 1)]
             some = [parts[first:last] for first, last in itertools.pairwise(bounds)]
-            for gram in each(functools.partial(add_up, pieces_of), some):
-                total += gram
-    return total
+            sums += [np.zeros((n, n)) for _ in range(len(sums), groups)]
+            list(each(functools.partial(add_up, pieces_of), sums, some))
+    return sum(sums, np.zeros((n, n)))
 
 
 def squared_distances(updates: Sequence[Update]) -> NDArray[np.float64]:
