@@ -5,7 +5,7 @@ float64 to where it converges, and compared with the algorithm as its paper writ
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -241,4 +241,4 @@ def _mean(vectors: Sequence[Sequence[Array]], shares: Sequence[float]) -> Layers
 
 
 def _outcome(update: Update) -> dict[str, Any]:
-    return {k: v for k, v in vars(update).items() if k not in ("client", "delta")}
+    return {each.name: getattr(update, each.name) for each in fields(Outcome)}
