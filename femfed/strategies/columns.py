@@ -10,7 +10,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -284,9 +284,11 @@ def spans(
     longest = max(end - begin for begin, end in ranges)
     buffers = [_pages(n, longest), _pages(n, longest)]
 
-    def read(reader: int, place: int) -> None:
+    def read(place: int, first: int) -> None:
         begin, end = ranges[place]
-        for update, row in list(zip(updates, buffers[place % 2], strict=True))[reader::_READERS]:
+        for update, row in zip(
+            updates[first::_READERS], buffers[place % 2][first::_READERS], strict=True
+        ):
             assert update.read is not None
             update.read(begin, row[: end - begin])
 
@@ -295,12 +297,16 @@ def spans(
         return list(buffers[place % 2][:, first:last])
 
     with ThreadPoolExecutor(_READERS) as readers:
-        ahead = [readers.submit(read, reader, 0) for reader in range(_READERS)]
+
+        def begin_to_read(place: int) -> list[Future[None]]:
+            return [readers.submit(read, place, first) for first in range(_READERS)]
+
+        ahead = begin_to_read(0)
         for place, span in enumerate(cut):
             for each in ahead:
                 each.result()
             if place + 1 < len(cut):
-                ahead = [readers.submit(read, reader, place + 1) for reader in range(_READERS)]
+                ahead = begin_to_read(place + 1)
             yield span, functools.partial(pieces_of, place)
 
 
