@@ -5,6 +5,7 @@
     python -m benchmarks.overhead --clients 10 30 --strategies all --rounds 3
     python -m benchmarks.overhead --clients 1 2 5 10 30 100 300 1000 --quickstart-clients
     python -m benchmarks.overhead --clients 10 --writers 400 --strategies local_only
+    python -m benchmarks.overhead --clients 1000 --strategies all --own-floor
 
 Prints, per model, cohort and strategy, the medians of: floor (one single-threaded process per core,
 same clients, FedAvg's compiled epoch, weighted deltas added up, no federation, whatever the
@@ -13,10 +14,10 @@ round is run right after every round, so that both see the same machine. `round/
 engine's share, and `=` where clients compute as FedAvg's do and the server is given their mean. If
 they compute something else, a second model, say, one more floor computes just that, with what they
 remember kept in memory (by thirty, in turn); if the server is given every update, as robust rules
-are, what it makes of them by itself is added to the floor. The last columns are the pattern of
-Flower's TensorFlow quickstart in the same run, a model built and fitted for every client message:
-with Flower's default of two CPUs a client, and with one CPU and one thread each, which suits it
-better on few cores.
+are, what it makes of them by itself is added to the floor. With `--own-floor` that one is the only
+one, which saves a third of the time. The last columns are the pattern of Flower's TensorFlow
+quickstart in the same run, a model built and fitted for every client message: with Flower's default
+of two CPUs a client, and with one CPU and one thread each, which suits it better on few cores.
 """
 
 import argparse
@@ -41,6 +42,9 @@ from femfed.engine.memory import Memories
 from femfed.engine.ray import RayEngine
 from femfed.engine.rounds import Round
 from femfed.strategies.base import Strategy
+
+MANY = 1000  # clients, of whom a round takes minutes
+FEW = 30  # clients, of whom two rounds reach what a worker needs
 
 CLIENTS_HALF = ("begin", "phases", "correct_gradients", "finish", "correct_personal_gradients")
 
@@ -70,15 +74,18 @@ def warm_up(strategy: Strategy, clients: int) -> int:
 
     The first traces and may not reach all memory where clients are few; the second does. Files of
     what clients remember are new in the first three, as a run's first rounds are; later ones
-    overwrite those that nobody needs.
+    overwrite those that nobody needs. Where clients are many, a run of a few warms up before; one
+    round writes what the next one reads, and all files are new.
     """
+    if clients >= MANY:
+        return 1 if strategy.remembers else 0
     if strategy.remembers:
         return 3
     return 1 if clients >= 30 else 2
 
 
 def measure(
-    engine: RayEngine, work: Job, bare: Callable[[], float]
+    engine: RayEngine, work: Job, bare: Callable[[], float], own_only: bool = False
 ) -> tuple[Seconds, Seconds, Seconds]:
     """Return seconds of femfed's rounds, of the floor's and of the strategy's own floor's.
 
@@ -86,12 +93,18 @@ def measure(
         engine: runs them.
         work: what to run; its first rounds do not count.
         bare: runs the floor once.
+        own_only: let the strategy's own floor stand for both.
     """
     found: list[tuple[float, ...]] = []
     with contextlib.ExitStack() as own:
         floors = [bare]
         if not trains_as_fedavg(work.strategy):
-            floors.append(own.enter_context(floor(work)))
+            mine = own.enter_context(floor(work))
+            floors = [mine] if own_only else [bare, mine]
+        if work.schedule.clients_per_round >= MANY:
+            few = replace(work.schedule, rounds=2, clients_per_round=FEW)
+            engine.run(run(replace(work, schedule=few), lambda finished: None), work.store.folder)
+            shutil.rmtree(work.memory, ignore_errors=True)
 
         def on_round(finished: Round) -> None:
             if finished.number > warm_up(work.strategy, work.schedule.clients_per_round):
@@ -127,6 +140,7 @@ def main() -> None:
     parser.add_argument("--writers", type=int, default=0, help="to draw from; else, all train")
     parser.add_argument("--strategies", nargs="+", default=["fedavg"], help="or: all")
     parser.add_argument("--rounds", type=int, default=7, help="fewer for more than 100 clients")
+    parser.add_argument("--own-floor", action="store_true", help="the strategy's own, and no other")
     parser.add_argument("--quickstart-clients", nargs="*", type=int, default=[10])
     options = parser.parse_args()
     names = options.strategies
@@ -152,13 +166,14 @@ def main() -> None:
                 rounds = warm_up(strategy, clients) + measured
                 work = job(store, MODELS[model], clients, rounds, strategy=strategy)
                 work = replace(work, memory=store.folder / f"memory_{name}")
-                seconds, floors, own = measure(engine, work, bare)
+                seconds, floors, own = measure(engine, work, bare, options.own_floor)
                 shutil.rmtree(work.memory, ignore_errors=True)  # some GB, where clients are many
-                shares = trains_as_fedavg(strategy) and strategy.averages
+                same = trains_as_fedavg(strategy)
+                common = "" if options.own_floor and not same else ratio(seconds, floors)
                 line = (
                     f"{model:<10} {clients:>7}  {name:<21}  {np.median(floors):>7.3f}  "
-                    f"{np.median(seconds):>7.3f}  {ratio(seconds, floors):>21}  "
-                    f"{'=' if shares else ratio(seconds, own):>25}"
+                    f"{np.median(seconds):>7.3f}  {common:>21}  "
+                    f"{'=' if same and strategy.averages else ratio(seconds, own):>25}"
                 )
                 if clients in options.quickstart_clients and name == "fedavg":
                     for cpus in (2, 1):

@@ -265,7 +265,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
                 cwd=ROOT,
                 stdout=out,
                 stderr=err,
-                env={**os.environ, "TMPDIR": str(place / "t"), **environment},
+                env={
+                    **os.environ,
+                    "PYTHONFAULTHANDLER": "1",  # where a crash, which nobody expects, was
+                    "TMPDIR": str(place / "t"),
+                    **environment,
+                },
                 start_new_session=True,
             )
         all_started.append(Started(process, tmp_path / name, place / "t"))
@@ -308,7 +313,7 @@ def assert_ends_at(number: signal.Signals, run: Started) -> None:
     seconds = run.stop(number)
 
     print(f"{seconds:.1f} s from {number.name} to the end")
-    assert run.process.returncode == 128 + number
+    assert run.process.returncode == 128 + number, run.err
     assert seconds < 30
     assert run.shared
     assert run.left() == []
