@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from femfed import RunError, Stopped, UserError, config, stop
+from femfed import RunError, Stopped, UserError, config, one_line, stop
 from femfed.folder import discard, how_to_resume, noise_to, owned
 
 # TensorFlow, Flower and Ray take seconds to import: whatever needs them is imported where a user's
@@ -80,7 +80,9 @@ def simulate(cfg: DictConfig) -> None:
         said = str(error) if isinstance(error, UserError) else config.explain(error)
         exit_codes.append(fail(said, 2))
     except RunError as error:
-        exit_codes.append(fail(str(error), 1))
+        said, _, trace = str(error).partition("\n")
+        exit_codes.append(fail(said, 1))
+        print(trace, end="\n" if trace else "", file=sys.stderr)
     except OSError as error:
         how = ended()
         said = how or "make room there, or give another folder (hydra.run.dir, cache)"
@@ -226,7 +228,7 @@ def engine_of(
 
 def fail(message: str, code: int) -> int:
     """Print one line to stderr and return the exit code."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return code
 
 

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,54 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_TRIM_THRESHOLD, 2**30)
         mallopt(_MMAP_THRESHOLD, 2**25)  # fixed by the line before; glibc's largest
+
+
+NAME_CHARACTERS = 80  # of a name that is shown
+_TAG = re.compile(r"\[[A-Za-z/#@]")  # rich reads what follows as a style
+
+
+def printable(name: object, most: int = NAME_CHARACTERS) -> str:
+    r"""Return a name from data, or one that a user typed, as one line of harmless characters.
+
+    Newlines, terminal escapes, NUL, marks that turn the direction of writing and halves of
+    characters are written as in a Python string: `\n`, `\x1b`, `\x00`, `\u202e`, `\udc80`. A
+    backslash is doubled, and the bracket of `[red]` is `\x5b`. Three dots stand for the middle of a
+    longer name.
+
+    Args:
+        name: such as a writer's; anything but a string is converted to one.
+        most: characters to return at most, 12 or more.
+    """
+    text = str(name)
+    pieces = [_printable_at(text, place) for place in range(min(most, len(text)))]
+    if len(text) <= most and sum(map(len, pieces)) <= most:
+        return "".join(pieces) or "''"
+    head, tail = "", ""
+    for piece in pieces:
+        if len(head) + len(piece) > (most - 3) * 2 // 3:
+            break
+        head += piece
+    for at in range(len(text) - 1, -1, -1):
+        piece = _printable_at(text, at)
+        if len(head) + 3 + len(piece) + len(tail) > most:
+            break
+        tail = piece + tail
+    return f"{head}...{tail}"
+
+
+def one_line(message: str) -> str:
+    """Return a message as one line; characters that a terminal would obey are escaped."""
+    return "".join(map(_escaped, message))
+
+
+def _printable_at(text: str, place: int) -> str:
+    if text[place] == "\\" or _TAG.match(text, place):
+        return {"\\": "\\\\", "[": "\\x5b"}[text[place]]
+    return _escaped(text[place])
+
+
+def _escaped(char: str) -> str:
+    return char if char.isprintable() else char.encode("unicode_escape").decode()
 
 
 class UserError(ValueError):

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from femfed import UserError
+from femfed import UserError, printable
 from femfed.seeds import generator
 
 CLASSES = 62
@@ -337,7 +337,9 @@ def _write(folder: Path, writers: Iterable[Handwriting], on_writer: OnWriter | N
         for writer in writers:
             _check(writer)
             if writer.name in seen:
-                raise UserError(f"writer {writer.name} occurs twice in the dataset; expected once")
+                raise UserError(
+                    f"writer {printable(writer.name)} occurs twice in the dataset; expected once"
+                )
             seen.add(writer.name)
             if not len(writer.labels):
                 skipped += 1
@@ -370,13 +372,13 @@ def _check(writer: Handwriting) -> None:
     images, labels = writer.images, writer.labels
     if images.dtype != np.uint8 or images.shape != (len(labels), 28, 28):
         raise UserError(
-            f"writer {writer.name}: images are {images.dtype} {images.shape} for {len(labels)} "
-            f"labels; expected uint8 ({len(labels)}, 28, 28)"
+            f"writer {printable(writer.name)}: images are {images.dtype} {images.shape} for "
+            f"{len(labels)} labels; expected uint8 ({len(labels)}, 28, 28)"
         )
     outside = np.flatnonzero((labels < 0) | (labels >= CLASSES))
     if outside.size:
         at = int(outside[0])
         raise UserError(
-            f"writer {writer.name}: label {labels[at]} at image {at}; expected 0..{CLASSES - 1} "
-            "(0-9, A-Z, a-z)"
+            f"writer {printable(writer.name)}: label {labels[at]} at image {at}; "
+            f"expected 0..{CLASSES - 1} (0-9, A-Z, a-z)"
         )

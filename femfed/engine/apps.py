@@ -26,7 +26,14 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
-from femfed import PICTURES_AND_TABLES, RunError, UserError, light_imports
+from femfed import (
+    PICTURES_AND_TABLES,
+    RunError,
+    UserError,
+    light_imports,
+    one_line,
+    printable,
+)
 from femfed.data.store import Writer, WriterStore
 from femfed.engine.federation import Federation, Writers
 from femfed.engine.footprint import available_memory, forget_peak, peak_memory
@@ -314,7 +321,7 @@ def _failed(message: Message, text: str, error: Exception) -> Message:
 def _named(writer: Writer, client: int, error: Exception | str) -> str:
     who = f"client {client}" if client >= 0 else "unseen"
     return (
-        f"{who} (writer {writer.name}, number {writer.number}, subject number "
+        f"{who} (writer {printable(writer.name)}, number {writer.number}, subject number "
         f"{writer.subject_number}): {str(error) or repr(error)}"
     )
 
@@ -701,7 +708,8 @@ class GridWorkers:
             failure: dict[str, Any] = dict(content.config_records["failure"])
             if failure["kind"]:
                 raise ERRORS[failure["kind"]](failure["error"])
-            raise ClientError("\n".join(filter(None, [failure["error"], failure["trace"]])))
+            lines = [failure["error"], *failure["trace"].splitlines()]
+            raise ClientError("\n  ".join(map(one_line, lines)))  # the first is the message
         outcome = _outcome(content)
         self._peaks[outcome["pid"]] = outcome["peak"]
         return content

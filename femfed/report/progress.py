@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from femfed import one_line
 from femfed.report.files import Row
 
 
@@ -37,7 +38,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rounds = rounds
-        self._title = title
+        self._title = one_line(title)
         self._list_clients = list_clients
         self._stream = stream or sys.stdout
         self._clock = clock
@@ -151,6 +152,7 @@ class Progress:
         return max(0.0, rest - (now - self._last_end))
 
     def _write(self, text: str) -> None:
+        text = one_line(text)
         if self._live:
             self._live.console.print(Text(text), soft_wrap=True)
         else:
