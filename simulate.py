@@ -111,7 +111,7 @@ def run_one(
     `accepted` is called once nothing is refused any more, before the workers start.
     """
     from femfed.engine.federation import open_federation
-    from femfed.engine.rounds import Schedule
+    from femfed.engine.rounds import NOTHING_FINISHED, Schedule
     from femfed.models import check_precision
     from femfed.report.progress import Progress
     from femfed.results import Results
@@ -178,7 +178,7 @@ def run_one(
             job=job,
             weights=begun.weights if begun else None,
             state=begun.state if begun else None,
-            finished=begun.round if begun else 0,
+            finished=begun.round if begun else NOTHING_FINISHED,
             on_round=results.on_round,
             on_clients=progress.clients_done,
             on_status=progress.message,

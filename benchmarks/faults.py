@@ -108,9 +108,9 @@ def result(folder: Path) -> dict[str, object]:
 
 
 def rounds_done(folder: Path) -> int:
-    """Return how many rounds have their row."""
+    """Return the last round that has its row."""
     table = folder / "rounds.csv"
-    return max(0, table.read_text().count("\n") - 1) if table.exists() else 0
+    return max(0, table.read_text().count("\n") - 2) if table.exists() else 0
 
 
 def killed_and_resumed(
@@ -173,7 +173,8 @@ def trials(folder: Path, cache: Path, options: argparse.Namespace, strategy: str
     finish(start(folder / "undisturbed", cache, *overrides))
     expected = result(folder / "undisturbed")
     with (folder / "undisturbed" / "rounds.csv").open() as file:
-        a_round = statistics.median(float(row["seconds_total"]) for row in csv.DictReader(file))
+        seconds = [float(row["seconds_total"]) for row in csv.DictReader(file)]
+    a_round = statistics.median(seconds[1:])  # without round 0, which trains no client
     planned: list[tuple[str, Callable[[Path], str]]] = []
     for _ in range(options.trials):
         after, moment = draw.randint(0, 11), draw.uniform(0, 1.2 * a_round)

@@ -24,7 +24,7 @@ def curves(sweep: Path) -> tuple[str, dict[str, list[list[float]]]]:
     for path in sorted(sweep.glob("*/summary.json")):
         summary = json.loads(path.read_text())
         rows = csv.DictReader(path.with_name("rounds.csv").read_text().splitlines())
-        accuracy = [100 * float(row["test_accuracy"]) for row in rows]
+        accuracy = [100 * float(row["test_accuracy"]) for row in rows if int(row["round"])]
         found[summary["precision"]].append(accuracy)
         title = f"{summary['variant'] or summary['dataset']}, {summary['model']}"
         print(f"{title}  {summary['precision']:<9} seed {summary['seed']}  {accuracy[-1]:.1f} %")

@@ -52,7 +52,7 @@ class LocalConfig:
 class EvaluateConfig:
     """When and on what the global model is evaluated."""
 
-    every: int = _key("rounds between evaluations; the last round is always evaluated", 1)
+    every: int = _key("rounds between evaluations; round 0 and the last are always evaluated", 1)
     test_fraction: float = _key(
         "share of a writer's images held out, where the dataset publishes no split",
         0,

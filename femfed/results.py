@@ -11,7 +11,7 @@ from femfed.data.store import WriterStore
 from femfed.engine.federation import Federation
 from femfed.engine.footprint import forget_peak, peak_memory
 from femfed.engine.memory import Memories
-from femfed.engine.rounds import Round, client_rows, row, writer_rows
+from femfed.engine.rounds import NOTHING_FINISHED, Round, client_rows, row, writer_rows
 from femfed.report.events import Events
 from femfed.report.files import RunFiles
 from femfed.report.plots import plot_curves, plot_writers
@@ -83,7 +83,7 @@ class Results:
                 begun = found
                 break
         if begun is None:
-            rows = self._files.rewind(0)
+            rows = self._files.rewind(NOTHING_FINISHED)
         elif not ours:
             raise UserError(
                 f"the run in {self._folder} began with the dataset store {begun.about['dataset']}, "
@@ -116,7 +116,8 @@ class Results:
         self._files.append_round(line)
         self._events.append_round(line)
         # Of the last round but one as well: a run that ends in its last goes on from there.
-        if finished.number % self._checkpoint_every == 0 or finished.number >= self._rounds - 1:
+        due = finished.number % self._checkpoint_every == 0 or finished.number >= self._rounds - 1
+        if finished.number and due:  # the initial weights follow from the seed
             about = {"dataset": self._store.folder.name, **self._versions}
             folder = self._folder / "checkpoint"
             self._files.sync()
@@ -150,7 +151,9 @@ class Results:
                 "weights_sha256": checkpoint.sha256(weights),
                 "test_loss": final["test_loss"],
                 "test_accuracy": final["test_accuracy"],
+                "accuracy_mean": final["accuracy_mean"],
                 "unseen_accuracy": final["unseen_accuracy"],
+                "unseen_accuracy_mean": final["unseen_accuracy_mean"],
                 "seconds": {**self._seconds, "overhead": overhead},
                 "peak_memory_mb": (peak_memory() + workers_peak) / 1e6,
                 "versions": {"python": platform.python_version(), **self._versions},

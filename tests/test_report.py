@@ -91,6 +91,24 @@ def test_wrong_columns_are_named_and_nothing_is_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_table_of_an_older_version_gets_the_newer_columns(tmp_path: Path) -> None:
+    names = [
+        name for name in ROUND_COLUMNS if name not in ("accuracy_mean", "unseen_accuracy_mean")
+    ]
+    old = "".join(f"{number}{',0.5' * (len(names) - 1)}\n" for number in (1, 2, 3))
+    (tmp_path / "rounds.csv").write_text(f"{','.join(names)}\n{old}")
+    files = RunFiles(tmp_path)
+
+    kept = files.rewind(2)
+    files.append_round(a_round(3, accuracy_mean=0.25))
+
+    assert [(row["round"], row["accuracy_mean"]) for row in kept] == [(1, None), (2, None)]
+    rows = read(tmp_path / "rounds.csv")
+    assert [tuple(row) for row in rows] == [ROUND_COLUMNS] * 3
+    assert [row["accuracy_mean"] for row in rows] == ["", "", "0.25"]
+    assert [row["seconds_total"] for row in rows] == ["0.5", "0.5", "2.0"]
+
+
 def test_a_table_with_other_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rounds.csv").write_text("round,colour\n1,2\n")
 
@@ -130,7 +148,13 @@ def test_events_hold_every_number_under_its_tag(tmp_path: Path) -> None:
     content = path.read_bytes()
     for tag in ("accuracy/test", "accuracy/p10", "accuracy/worst_tenth", "loss/train"):
         assert content.count(tag.encode()) == 2, tag
-    for tag in ("seconds/train", "bytes/up", "cohort/clients", "cohort/examples"):
+    for tag in (
+        "accuracy/mean_unseen",
+        "seconds/train",
+        "bytes/up",
+        "cohort/clients",
+        "cohort/examples",
+    ):
         assert content.count(tag.encode()) == 2, tag
     assert content.count(b"accuracy/unseen") == content.count(b"loss/unseen") == 1
     assert b"loss/test" not in content
@@ -150,6 +174,7 @@ def size(path: Path) -> tuple[int, int]:
     [
         pytest.param([a_round(n) for n in range(1, 31)], id="30 rounds"),
         pytest.param([a_round(1)], id="1 round"),
+        pytest.param([a_round(0, train_loss=None, train_accuracy=None)], id="none yet"),
         pytest.param(
             [a_round(n, **dict.fromkeys(EVALUATED if n % 5 else [], None)) for n in range(1, 31)],
             id="evaluation every 5 rounds",
@@ -229,6 +254,7 @@ def test_plain_lines_to_the_letter() -> None:
 
     with Progress(30, "a title", live=False, list_clients=False, stream=stream, clock=clock) as p:
         p.status("starting 2 workers")
+        p.round(a_round(0, test_loss=4.1, test_accuracy=0.01, accuracy_p10=None, clients=0), [])
         p.clients_done(5, 10)
         p.status("evaluating")  # within a round: nothing in a pipe
         clock.now = 130.0
@@ -242,6 +268,7 @@ def test_plain_lines_to_the_letter() -> None:
     assert stream.getvalue().splitlines() == [
         "a title",
         "starting 2 workers",
+        "round  0/30  loss 4.100  accuracy 1.0 %  unseen 50.0 %",
         "round  1/30  loss 2.113  accuracy 45.1 %  writers p10-p90 30.2-58.9 %  unseen 43.0 %"
         "  9.8 clients/s  0:00:30 left",
         "a worker was lost",

@@ -164,8 +164,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert "goes on from round 4" in said
     rows = faults.result(five)["rounds.csv"]
     assert isinstance(rows, list)
-    assert rows[:5] == expected["rounds.csv"]
-    assert len(rows) == 6
+    assert rows[:6] == expected["rounds.csv"]
+    assert len(rows) == 7
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, strategy: str) ->
 def test_rewinding_cuts_both_tables(five: Path) -> None:
     rows = RunFiles(five).rewind(2)
 
-    assert [row["round"] for row in rows] == [1, 2]
+    assert [row["round"] for row in rows] == [0, 1, 2]
     with (five / "clients.csv").open() as file:
         assert [row["round"] for row in csv.DictReader(file)] == ["1", "1", "2", "2"]
     with pytest.raises(ValueError, match="lacks rounds up to 4"):
@@ -207,9 +207,26 @@ def test_every_point_of_tensorboard_is_there_once(
         values = [(e.step, v.tag) for e in events for v in e.summary.value]
         return sorted(step for step, tag in values if tag == "accuracy/test")
 
-    assert steps() == [1, 2, 3, 4, 5]
+    assert steps() == [0, 1, 2, 3, 4, 5]
     resume(monkeypatch, five, "rounds=7")
-    assert steps() == [1, 2, 3, 4, 5, 6, 7]
+    assert steps() == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_run_without_round_0_goes_on_without_it(
+    five: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables of versions before round 0 was evaluated."""
+    expected: Any = faults.result(five)
+    table = five / "rounds.csv"
+    header, _, *rows = table.read_text().splitlines(keepends=True)
+    table.write_text("".join([header, *rows]))
+    unfinished(five)
+
+    assert "goes on from round 4" in resume(monkeypatch, five)
+
+    result: Any = faults.result(five)
+    assert result["rounds.csv"] == expected["rounds.csv"][1:]
+    assert result["weights_sha256"] == expected["weights_sha256"]
 
 
 # what may not change

@@ -12,11 +12,13 @@ from femfed import UserError
 from femfed.data.store import WriterStore
 from femfed.engine.federation import Federation, Writers, draw_federation
 from femfed.engine.rounds import (
+    NOTHING_FINISHED,
     Round,
     Schedule,
     Trained,
     client_rows,
     draw_cohort,
+    mean_of_writers,
     pooled,
     row,
     run_rounds,
@@ -132,17 +134,26 @@ def test_spread_counts_every_writer_once() -> None:
     outcomes = [Outcome(10 * n, 0.0, n * n) for n in range(10, 0, -1)]
     outcomes += [Outcome(7, 0.0, 0), Outcome(0, 0.0, 0)]
 
-    expected = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "worst_tenth": 0.0}
+    expected = {"mean": 0.5, "p10": 0.1, "p50": 0.5, "p90": 0.9, "worst_tenth": 0.0}
     assert spread(outcomes) == pytest.approx({f"accuracy_{k}": v for k, v in expected.items()})
 
 
 def test_spread_between_two_writers() -> None:
     # 0.2 + (0.1, 0.5, 0.9) * 0.6, and the worst of two
-    expected = {"p10": 0.26, "p50": 0.5, "p90": 0.74, "worst_tenth": 0.2}
+    expected = {"mean": 0.5, "p10": 0.26, "p50": 0.5, "p90": 0.74, "worst_tenth": 0.2}
 
     found = spread([Outcome(10, 0.0, 8), Outcome(5, 0.0, 1)])
 
     assert found == pytest.approx({f"accuracy_{k}": v for k, v in expected.items()})
+
+
+def test_the_mean_of_writers_counts_each_once_and_the_pooled_accuracy_each_image() -> None:
+    # 9 of 10 and 0 of 2 images: (0.9 + 0) / 2, and 9 / 12
+    outcomes = [Outcome(10, 0.0, 9), Outcome(2, 0.0, 0), Outcome(0, 0.0, 0)]
+
+    assert mean_of_writers(outcomes) == pytest.approx(0.45)
+    assert pooled(outcomes)[1] == 0.75
+    assert mean_of_writers([]) is None
 
 
 def test_the_worst_tenth_of_many_is_their_mean() -> None:
@@ -200,8 +211,9 @@ class Counting(Strategy):
 
 def run(workers: FakeWorkers, finished: int = 0, **changes: int) -> list[Round]:
     """Run from round `finished`, when weight and state are 1 + ... + finished and finished."""
-    weights = [np.float32([finished * (finished + 1) / 2])]
-    state = {"rounds": [np.float32([finished])]}
+    done = max(0, finished)
+    weights = [np.float32([done * (done + 1) / 2])]
+    state = {"rounds": [np.float32([done])]}
     schedule = replace(SCHEDULE, **changes)
     return list(run_rounds(schedule, Counting(), workers, weights, state, finished))
 
@@ -232,6 +244,25 @@ def test_every_kth_round_and_the_last_are_evaluated(every: int, expected: list[i
 
     assert [r.number for r in rounds if r.seen is not None] == expected
     assert [r.number for r in rounds if r.unseen is not None] == expected
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_round_0_evaluates_the_initial_weights_and_trains_nobody(every: int) -> None:
+    workers, without = FakeWorkers([("start", 0)]), FakeWorkers()
+
+    first, *rest = run(workers, NOTHING_FINISHED, evaluate_every=every)
+    others = run(without, evaluate_every=every)
+
+    assert workers.asked[1:] == [("evaluate", 0, 0.0), *without.asked]
+    assert [r.number for r in (first, *rest)] == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert [r.weights for r in rest] == [r.weights for r in others]
+    assert (first.weights, first.is_last) == ([np.float32([0])], False)
+    cells = row(first)
+    assert tuple(cells) == ROUND_COLUMNS
+    assert (cells["round"], cells["test_accuracy"], cells["unseen_accuracy"]) == (0, 0.5, 1.0)
+    zeros = ("clients", "failed", "examples", "bytes_up", "bytes_down", "seconds_train")
+    assert [cells[name] for name in zeros] == [0] * 6
+    assert (cells["train_loss"], cells["train_accuracy"]) == (None, None)
 
 
 @pytest.mark.parametrize("finished", [1, 4, 6, 7])
@@ -372,7 +403,8 @@ def test_the_row_of_a_round(rounds: list[Round]) -> None:
     assert (last["train_loss"], last["train_accuracy"]) == (8 / examples, 4 / examples)
     assert (last["test_loss"], last["test_accuracy"]) == (0.5, 0.5)
     assert (last["unseen_loss"], last["unseen_accuracy"]) == (0.25, 1.0)
-    assert last["accuracy_p10"] == last["accuracy_worst_tenth"] == 0.5
+    assert last["accuracy_p10"] == last["accuracy_worst_tenth"] == last["accuracy_mean"] == 0.5
+    assert last["unseen_accuracy_mean"] == 1.0
     assert last["bytes_up"] == last["bytes_down"] == 4 * 4  # four clients, one float32
 
 

@@ -59,7 +59,7 @@ def test_a_pipe_gets_plain_lines_and_no_noise(finished) -> None:
     lines = stdout.splitlines()
     assert stderr == ""
     assert "synthetic" in lines[0]
-    assert sum(line.startswith("round ") for line in lines) == 2
+    assert sum(line.startswith("round ") for line in lines) == 3
     assert sum("number : 0, subject number : " in line for line in lines) == 4
     assert lines[-1].startswith("results in ")
     assert "\x1b" not in stdout
@@ -78,7 +78,7 @@ def test_a_run_leaves_what_it_should(finished) -> None:
     assert set(about["seconds"]) == {"total", "startup", "train", "evaluate", "overhead"}
     assert all(value >= 0 for value in about["seconds"].values())
     assert len(about["weights_sha256"]) == 64
-    assert [row["round"] for row in rows(folder / "rounds.csv")] == ["1", "2"]
+    assert [row["round"] for row in rows(folder / "rounds.csv")] == ["0", "1", "2"]
     clients = rows(folder / "clients.csv")
     assert [row["round"] for row in clients] == ["1", "1", "2", "2"]
     assert {row["number"] for row in clients} == {"0"}
@@ -230,7 +230,7 @@ def test_a_killed_worker_changes_nothing(finished, tmp_path: Path) -> None:
     run(tmp_path / "inline", *TINY, "rounds=400", "evaluate.every=400", "engine=inline")
     expected = summary(tmp_path / "inline" / "run")["weights_sha256"]
     assert summary(tmp_path / "run")["weights_sha256"] == expected
-    assert len(rows(tmp_path / "run" / "rounds.csv")) == 400
+    assert len(rows(tmp_path / "run" / "rounds.csv")) == 401
 
 
 def test_updates_that_are_too_many_for_the_memory_change_nothing(tmp_path: Path) -> None:

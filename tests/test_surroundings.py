@@ -170,8 +170,9 @@ class Started:
 
     @property
     def rounds(self) -> int:
+        """The last round that has its row."""
         table = self.folder / "rounds.csv"
-        return max(0, table.read_text().count("\n") - 1) if table.exists() else 0
+        return max(0, table.read_text().count("\n") - 2) if table.exists() else 0
 
     def until(self, happened: Callable[["Started"], object]) -> None:
         deadline = time.monotonic() + LONG
@@ -552,8 +553,8 @@ def full(patch: pytest.MonkeyPatch, pattern: str, after: int = 0) -> list[Path]:
 
 # What is written -> where, how often before the disk is full, and the rounds that are then kept.
 WRITES = {
-    "clients.csv": (r"run/clients\.csv$", 2, 2),
-    "rounds.csv": (r"run/rounds\.csv$", 2, 2),
+    "clients.csv": (r"run/clients\.csv$", 3, 2),
+    "rounds.csv": (r"run/rounds\.csv$", 3, 2),
     "checkpoint": (r"run/checkpoint/", 2, 2),
     "the first checkpoint": (r"run/checkpoint/", 0, 0),
     "memory": (r"run/memory/", 5, 2),

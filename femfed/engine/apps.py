@@ -726,7 +726,7 @@ class Run:
         on_round: called after every round.
         on_clients: called with (clients done, clients of the cohort) during a round.
         on_status: called with what is going on before the first round or after a loss.
-        finished: the last finished round.
+        finished: the last finished round; `NOTHING_FINISHED` evaluates round 0 first.
         peak_memory: sum of the workers' peak resident memory in bytes, 0 if there is none but
             this process.
         save_as: file for the final model, None to save none.

@@ -15,6 +15,7 @@ from femfed.local import is_finite
 from femfed.seeds import generator
 from femfed.strategies.base import Cohort, Outcome, State, Strategy, Update, Weights
 
+NOTHING_FINISHED = -1  # the last finished round of a run that has not evaluated round 0
 DIVERGED = 10 * math.log(CLASSES)  # loss per image; guessing has a tenth of it
 
 
@@ -87,7 +88,7 @@ class Round:
     """One finished round.
 
     Attributes:
-        number: counts from 1.
+        number: counts from 1; round 0 evaluates the initial weights and trains no client.
         weights: the global weights after it.
         state: the strategy's state after it.
         cohort: the clients that trained.
@@ -129,7 +130,7 @@ class Schedule:
         clients: writers in the federation.
         clients_per_round: writers in a cohort.
         failure_rate: probability that a client that was drawn does not complete the round.
-        evaluate_every: rounds between evaluations; the last round is always evaluated.
+        evaluate_every: rounds between evaluations; round 0 and the last are always evaluated.
         stop_on_divergence: whether a loss or weights beyond all bounds end the run.
     """
 
@@ -151,7 +152,13 @@ def run_rounds(
     finished: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Round]:
-    """Yield round after round, from the one after `finished` on."""
+    """Yield round after round, from the one after `finished` on.
+
+    After `NOTHING_FINISHED` comes round 0, the evaluation of the initial weights.
+    """
+    if finished == NOTHING_FINISHED:
+        yield _round_0(workers, weights, state, clock)
+        finished = 0
     size = sum(layer.nbytes for layer in weights) if strategy.exchanges else 0
     for number in range(finished + 1, schedule.rounds + 1):
         start = clock()
@@ -192,6 +199,29 @@ def run_rounds(
         )
 
 
+def _round_0(workers: Workers, weights: Weights, state: State, clock: Callable[[], float]) -> Round:
+    nobody = np.empty(0, np.int64)
+    start = clock()
+    seen, unseen = workers.evaluate(weights, state)
+    seconds = clock() - start
+    return Round(
+        number=0,
+        weights=weights,
+        state=state,
+        cohort=nobody,
+        failed=0,
+        trained=Trained([], [], [], 0.0, 0.0, nobody, [], []),
+        bytes_up=0,
+        bytes_down=0,
+        seen=seen,
+        unseen=unseen,
+        is_last=False,
+        seconds_train=0.0,
+        seconds_evaluate=seconds,
+        seconds_total=seconds,
+    )
+
+
 def _check(number: int, weights: Weights, trained: Trained) -> None:
     loss, _ = pooled(trained.outcomes)
     finite = all(is_finite(layer) for layer in weights)
@@ -214,16 +244,22 @@ def pooled(outcomes: Sequence[Outcome]) -> tuple[float | None, float | None]:
     return loss_sum / examples, sum(outcome.correct for outcome in outcomes) / examples
 
 
+def mean_of_writers(outcomes: Sequence[Outcome]) -> float | None:
+    """Return the mean of the writers' accuracies, each counted once; None where there are none."""
+    accuracies = [o.correct / o.examples for o in outcomes if o.examples]
+    return float(np.mean(accuracies)) if accuracies else None
+
+
 def spread(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
-    """Return p10, p50, p90 of the writers' accuracies and the mean of the worst tenth of them."""
+    """Return mean, p10, p50 and p90 of the writers' accuracies, and the worst tenth's mean."""
     accuracies = np.sort([o.correct / o.examples for o in outcomes if o.examples])
     if not accuracies.size:
-        return dict.fromkeys(
-            ("accuracy_p10", "accuracy_p50", "accuracy_p90", "accuracy_worst_tenth")
-        )
+        names = ("mean", "p10", "p50", "p90", "worst_tenth")
+        return dict.fromkeys(f"accuracy_{name}" for name in names)
     p10, p50, p90 = np.quantile(accuracies, (0.1, 0.5, 0.9))
     worst = accuracies[: max(1, round(len(accuracies) / 10))]
     return {
+        "accuracy_mean": mean_of_writers(outcomes),
         "accuracy_p10": float(p10),
         "accuracy_p50": float(p50),
         "accuracy_p90": float(p90),
@@ -235,7 +271,9 @@ def row(finished: Round) -> dict[str, Any]:
     """Return a round as a row of rounds.csv.
 
     Bytes are those the clients of a real federation would exchange: the weights down, as many
-    numbers up, 4 bytes each, and what the strategy sends besides.
+    numbers up, 4 bytes each, and what the strategy sends besides. `test_accuracy` is the share of
+    all clients' held-out images that are recognised: a client with twice the images counts twice.
+    `accuracy_mean` counts every client once.
     """
     train_loss, train_accuracy = pooled(finished.trained.outcomes)
     seen, unseen = finished.seen or (), finished.unseen or ()
@@ -251,6 +289,7 @@ def row(finished: Round) -> dict[str, Any]:
         **spread(seen),
         "unseen_loss": unseen_loss,
         "unseen_accuracy": unseen_accuracy,
+        "unseen_accuracy_mean": mean_of_writers(unseen),
         "clients": clients,
         "failed": finished.failed,
         "examples": sum(outcome.examples for outcome in finished.trained.outcomes),

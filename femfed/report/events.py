@@ -55,4 +55,7 @@ def _tag(column: str) -> str:
     first, _, rest = column.partition("_")
     if not rest:
         return f"cohort/{first}"
-    return f"{rest}/{first}" if first in ("train", "test", "unseen") else f"{first}/{rest}"
+    if first not in ("train", "test", "unseen"):
+        return f"{first}/{rest}"
+    measure, _, statistic = rest.partition("_")
+    return f"{measure}/{'_'.join(filter(None, [statistic, first]))}"

@@ -17,13 +17,15 @@ ROUND_COLUMNS = (
     "train_loss",
     "train_accuracy",
     "test_loss",
-    "test_accuracy",
+    "test_accuracy",  # of all images of all clients, pooled
+    "accuracy_mean",  # of clients, each counted once
     "accuracy_p10",
     "accuracy_p50",
     "accuracy_p90",
     "accuracy_worst_tenth",
     "unseen_loss",
     "unseen_accuracy",
+    "unseen_accuracy_mean",
     "clients",
     "failed",
     "examples",
@@ -34,6 +36,7 @@ ROUND_COLUMNS = (
     "seconds_overhead",
     "seconds_total",
 )
+NEWER_COLUMNS = ("accuracy_mean", "unseen_accuracy_mean")  # older tables of rounds lack them
 CLIENT_COLUMNS = (
     "round",
     "client",
@@ -81,6 +84,8 @@ class RunFiles:
     def rewind(self, finished: int) -> list[dict[str, float | int | None]]:
         """Cut both tables off after round `finished`; return what is left of rounds.csv.
 
+        Tables of older versions begin with round 1 and get empty cells in `NEWER_COLUMNS`.
+
         Raises:
             ValueError: one of the rounds up to there is missing.
         """
@@ -89,12 +94,18 @@ class RunFiles:
             path = self._folder / name
             rows = []
             if path.exists():
+                empty = dict.fromkeys(columns, "")
                 with path.open(newline="", encoding="utf-8") as table:
-                    rows = [row for row in csv.DictReader(table) if int(row["round"]) <= finished]
+                    rows = [
+                        empty | row
+                        for row in csv.DictReader(table)
+                        if int(row["round"]) <= finished
+                    ]
                 with replacing(path) as file:
                     file.write(_header(columns) + _lines(path, rows, columns))
             kept = rows
-        if [int(row["round"]) for row in kept] != list(range(1, finished + 1)):
+        found = [int(row["round"]) for row in kept]
+        if found not in (list(range(finished + 1)), list(range(1, finished + 1))):
             raise ValueError(f"{self._folder / 'rounds.csv'} lacks rounds up to {finished}")
         return [
             {name: int(cell) if name == "round" else _number(cell) for name, cell in row.items()}
@@ -175,7 +186,8 @@ def _mend(path: Path, columns: Sequence[str]) -> None:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
     header = content[: content.find(b"\n") + 1]
-    if header and header != _header(columns):
+    older = [column for column in columns if column not in NEWER_COLUMNS]
+    if header and header not in (_header(columns), _header(older)):
         raise ValueError(
             f"{path} has the columns {header.decode().strip()}; expected {','.join(columns)}"
         )

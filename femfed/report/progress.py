@@ -20,7 +20,8 @@ class Progress:
     """Shows how far a run is; a context manager.
 
     Args:
-        rounds: number of the last round; rounds count from 1, a resumed run starts further up.
+        rounds: number of the last round; round 0 is the evaluation before the first, a resumed
+            run starts further up.
         title: what is run, on which data.
         live: whether to draw a display in place; a terminal that cannot gets plain lines.
         list_clients: whether to list the clients of every round, as the homework did.
@@ -113,8 +114,10 @@ class Progress:
         for name, history in self._accuracies.items():
             if math.isfinite(value := values.get(name, math.nan)):
                 history.append(value)
-        self._ended += 1
-        if self._ended == 1:
+        self._ended += self._number > 0
+        if self._number == 0:  # it trains no client: it foretells no other round
+            self._per_round = math.nan
+        elif self._ended == 1:
             # The first round pays for tracing: it foretells the others only until they are there.
             self._first_end = now
             self._per_round = values.get("seconds_total", now - self._start)
@@ -144,7 +147,8 @@ class Progress:
             cells.append(f"unseen {_percent(values['unseen_accuracy'])}")
         if rate := _rate(values):
             cells.append(rate)
-        cells.append(f"{_duration(self._left(self._last_end))} left")
+        if math.isfinite(self._per_round):
+            cells.append(f"{_duration(self._left(self._last_end))} left")
         return "  ".join(cells)
 
     def _left(self, now: float) -> float:
@@ -207,7 +211,8 @@ def _number(row: Row, column: str) -> float | None:
 
 def _rate(values: dict[str, float]) -> str:
     seconds = values.get("seconds_total", 0.0)
-    return f"{values['clients'] / seconds:.1f} clients/s" if seconds and "clients" in values else ""
+    clients = values.get("clients", 0.0)
+    return f"{clients / seconds:.1f} clients/s" if seconds and clients else ""
 
 
 def _client_line(client: Row) -> str:
