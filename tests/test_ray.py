@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 from ray._private import parameter, services, state, utils
 
-from femfed import Stopped, light_imports, outlast
+from femfed import Stopped, UserError, light_imports, outlast
 from femfed.engine import apps
 from femfed.engine import ray as engine
 from femfed.engine.apps import ClientError, LostWorkerError
@@ -153,6 +154,27 @@ def test_a_second_ray_does_not_know_of_the_first_ones_folder() -> None:
     command = [sys.executable, "-c", ONE_AFTER_THE_OTHER]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def place_with(temporary: str, patch: pytest.MonkeyPatch) -> Path:
+    patch.setenv("TMPDIR", temporary)
+    patch.setattr(tempfile, "tempdir", None)  # which Python remembers
+    return engine._place()
+
+
+def test_rays_folder_lies_where_its_sockets_have_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise Ray ends with an error that says nothing of TMPDIR."""
+    monkeypatch.chdir(tmp_path)
+    for odd in (tmp_path / ("long" * 10), tmp_path / "\u00fc", tmp_path / "a b", Path("relative")):
+        odd.mkdir()
+        assert place_with(str(odd), monkeypatch) == Path("/tmp"), odd
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        assert place_with(short, monkeypatch) == Path(short)
+        monkeypatch.setattr(engine, "OTHER_PLACES", (f"{short}/gone",))
+        with pytest.raises(UserError, match=r"TMPDIR=.*at most \d+ ASCII.*engine=inline"):
+            place_with(str(tmp_path / ("long" * 10)), monkeypatch)
 
 
 PRELOADED = """

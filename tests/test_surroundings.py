@@ -8,6 +8,7 @@ import builtins
 import contextlib
 import errno
 import fcntl
+import http.client
 import io
 import os
 import re
@@ -19,11 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
@@ -933,6 +935,129 @@ def test_a_run_that_ends_takes_nothing_of_another(tmp_path: Path) -> None:
         assert theirs.path.exists()
         with (theirs.path / "lock").open("r+") as lock, pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# Other users of the machine -----------------------------------------------------------------------
+
+# Ray's services, each with a method that only who has the run's token may call.
+CALLS = (
+    "CoreWorkerService/PushTask",
+    "InternalKVGcsService/InternalKVKeys",
+    "NodeManagerService/RequestWorkerLease",
+    "ObjectManagerService/Push",
+)
+LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F")  # as the kernel writes addresses
+NOBODY = 65534  # a user without rights
+
+
+def listening(pids: Iterable[int]) -> set[tuple[str, int]]:
+    """Return the addresses and ports of TCP at which processes listen."""
+    held = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended
+            held |= {str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    rows = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    return {
+        (row[1].split(":")[0], int(row[1].split(":")[1], 16))
+        for row in rows
+        if row[3] == "0A" and f"socket:[{row[9]}]" in held
+    }
+
+
+def answers(port: int, token: str | None) -> set[str]:
+    """Return the codes with which a server answers calls: HTTP's, or gRPC's if it speaks that."""
+    sent = {} if token is None else {"authorization": f"Bearer {token}"}
+    with (
+        contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)
+        ) as connection,
+        contextlib.suppress(http.client.HTTPException, OSError),
+    ):
+        connection.request("POST", "/get_or_create_runtime_env", b"", sent)
+        return {str(connection.getresponse().status)}
+    codes = set()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for call in CALLS:
+            try:
+                ask = channel.unary_unary(f"/ray.rpc.{call}")
+                ask(b"", timeout=LONG, metadata=tuple(sent.items()))
+                codes.add("OK")
+            except grpc.RpcError as error:
+                codes.add(error.code().name)  # type: ignore[attr-defined]
+    return codes
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+    return dict(line.partition("=")[::2] for line in lines)
+
+
+def test_ray_answers_only_the_run_itself(
+    start: Start, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """Whatever the user's own settings of Ray say; a wrong token is as good as none."""
+    users = {
+        "HOME": str(tmp_path),
+        "RAY_ADDRESS": "ray://192.0.2.1:10001",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_TOKEN": "guessed",
+        "RAY_TMPDIR": "/nowhere",
+        "RAY_START_HOOK": "no.such",
+        "RAY_USE_TLS": "1",
+        "http_proxy": "http://192.0.2.1:3128",
+        "CUDA_VISIBLE_DEVICES": "0",
+    }
+    run = start(*STOPPABLE, **users)
+    run.until(lambda run: run.rounds >= 2)
+    processes = family(run.process.pid)
+    servers = listening(processes)
+    assert len(servers) >= 5
+    assert {address for address, _ in servers} <= set(LOOPBACK)
+    (worker, *_) = [pid for pid, line in processes.items() if line.startswith("ray::ClientApp")]
+    token = environment_of(worker)["RAY_AUTH_TOKEN"]
+    assert re.fullmatch("[0-9a-f]{64}", token)
+    for _, port in servers:
+        for wrong in (None, "", "guessed", "0" * 64):
+            refused = answers(port, wrong)
+            assert refused in ({"401"}, {"403"}, {"UNAUTHENTICATED", "UNIMPLEMENTED"}), wrong
+        assert not {"401", "403", "UNAUTHENTICATED"} & answers(port, token)
+
+    assert run.process.wait(timeout=LONG) == 0, run.err
+    assert run.left() == []
+    assert not (tmp_path / ".ray").exists()
+    assert token not in run.out + run.err
+    for path in run.folder.rglob("*"):
+        assert path.is_dir() or token.encode() not in path.read_bytes()
+    assert result(run.folder) == undisturbed(*LONGER)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can try as another user")
+def test_another_user_gets_into_no_folder_of_a_run(start: Start) -> None:
+    """Ray opens its folder to all users: they must not get through to it."""
+    run = start(*STOPPABLE)
+    run.temporary.parent.chmod(0o755)
+    run.until(lambda run: run.rounds >= 1)
+    (rays,) = run.temporary.glob("femfed-ray-*")
+    shared = {path.parent for path in shared_files(run.process.pid) if path.parent != SHARED}
+    inside = [path for folder in (rays, *shared) for path in (folder, *folder.rglob("*"))]
+    assert [path for path in inside if path.is_socket()]
+    try_all = 'for path do test -r "$path" -o -w "$path" -o -x "$path" && echo "$path"; done; id -u'
+
+    done = subprocess.run(
+        ["sh", "-c", try_all, "sh", *map(str, inside)],
+        user=NOBODY,
+        group=NOBODY,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.stdout.split() == [str(NOBODY)], done.stdout + done.stderr
+    assert {path.stat().st_mode & 0o777 for path in (rays, *shared)} == {0o700}
 
 
 # A clock that jumps -------------------------------------------------------------------------------

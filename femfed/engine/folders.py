@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -37,8 +38,11 @@ class OwnedFolder:
 
 
 def remove_abandoned(place: Path, prefix: str) -> None:
-    """Remove the folders of dead processes in `place`."""
+    """Remove the folders of dead processes in `place`; those of other users stay."""
     for folder in place.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            if folder.lstat().st_uid != os.getuid() or folder.is_symlink():
+                continue
         with contextlib.suppress(OSError), (folder / LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if a live process holds it
             shutil.rmtree(folder, ignore_errors=True)

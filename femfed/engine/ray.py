@@ -7,6 +7,8 @@ import importlib
 import inspect
 import logging
 import os
+import re
+import secrets
 import shutil
 import signal
 import sys
@@ -19,7 +21,15 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from femfed import Stopped, UserError, keep_freed_memory, light_imports, outlast, stop
+from femfed import (
+    Stopped,
+    UserError,
+    keep_freed_memory,
+    light_imports,
+    outlast,
+    printable,
+    stop,
+)
 from femfed.engine.folders import OwnedFolder
 from femfed.engine.footprint import available_memory
 
@@ -29,7 +39,23 @@ if TYPE_CHECKING:
 RESTARTS = 3  # of the engine in a row without a finished round in between
 WORKER_MEMORY = 700 * 2**20  # bytes of a worker without a model: TensorFlow, Flower, Ray
 PARAMETER_MEMORY = 48  # bytes a weight: weights, global weights, gradients, sums, activations
-PREFIX = "femfed-ray-"  # of Ray's folder
+PREFIX = "femfed-ray-"  # of the folder in which Ray's lies
+INSIDE = "r"  # Ray's folder; short, because the paths of sockets in it may have 107 bytes
+SOCKET_BYTES = 107  # that the path of a Unix socket may have
+LONGEST_SOCKET = f"/{PREFIX}12345678/{INSIDE}/session_2026-01-02_03-04-05_123456_1234567/sockets/"
+PLACE_BYTES = SOCKET_BYTES - len(LONGEST_SOCKET + "plasma_store")  # of the path before
+PLACE = re.compile(r"[A-Za-z0-9/._-]+")  # spaces and others divide Ray's command lines
+OTHER_PLACES = ("/tmp", "/var/tmp")
+SETTING = "RAY_"  # how the names of Ray's environment variables begin
+ENVIRONMENT = {  # of Ray, instead of the user's
+    "RAY_AUTH_MODE": "token",
+    # Read when ray is imported: it makes Ray take the loopback address as this node's, so that its
+    # servers listen there and nowhere else (Ray resolves a loopback `_node_ip_address` away).
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # below `uv run`, workers would get copies of the folder
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
 WORKERS = ("ray::", "default_worker.py")  # in the command line of a worker
 PATIENCE = 4  # seconds that a stopped run may write
 SERVER_PATIENCE = 4  # seconds that Ray's server is looked for; then Ray asks once a second
@@ -72,12 +98,8 @@ class RayEngine:
         self._flower: _Flower | None = None
 
     def __enter__(self) -> "RayEngine":
-        # TensorFlow and Flower take seconds to import, Ray takes seconds to start: do both at once.
-        imports = threading.Thread(target=_import)
-        imports.start()
         try:
             self._start()
-            imports.join()
         except BaseException:
             self._ray.__exit__(*sys.exc_info())
             raise
@@ -226,12 +248,12 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
 
     Yields the folder of its logs and sockets.
     """
-    # Read when ray is imported: it makes Ray take the loopback address as this node's, so that its
-    # servers listen there and nowhere else (Ray resolves a loopback `_node_ip_address` away).
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    import ray
+    with OwnedFolder(_place(), PREFIX) as owned, _adopting(), _settings():
+        # TensorFlow and Flower take seconds to import, Ray takes seconds to start: both at once.
+        imports = threading.Thread(target=_import)
+        imports.start()
+        import ray
 
-    with OwnedFolder(Path(tempfile.gettempdir()), PREFIX) as owned, _adopting():
         on_sigterm, stopped = signal.getsignal(signal.SIGTERM), False
         python_path = os.environ.get("PYTHONPATH")
         # Workers import femfed as this process does, wherever it is started from.
@@ -252,13 +274,16 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
                         configure_logging=False,
                         logging_level=logging.CRITICAL,
                         object_store_memory=object_store,
-                        _temp_dir=str(owned.path),
+                        # Ray gives all users all rights in its folder. This one lies in a folder
+                        # that only its owner may enter.
+                        _temp_dir=str(owned.path / INSIDE),
                         _system_config=dict(SETTINGS),  # into which Ray writes its folder
                     )
             except SystemExit:  # what another Ray makes of a SIGTERM while it starts
                 raise Stopped(signal.SIGTERM) from None
             finally:
                 signal.signal(signal.SIGTERM, on_sigterm)  # and puts in this place
+            imports.join()
             yield owned.path
         except Stopped:
             stopped = True
@@ -274,6 +299,56 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
                 del os.environ["PYTHONPATH"]
             else:
                 os.environ["PYTHONPATH"] = python_path
+
+
+def _place() -> Path:
+    """Return the folder to make Ray's folder in: the temporary one, or /tmp if Ray cannot use it.
+
+    Raises:
+        UserError: Ray can use neither.
+    """
+    with contextlib.suppress(OSError):  # Python finds no folder that it can write to
+        places = (tempfile.gettempdir(), *OTHER_PLACES)
+        for place in map(os.path.abspath, places):
+            usable = len(os.fsencode(place)) <= PLACE_BYTES and PLACE.fullmatch(place)
+            if usable and os.access(place, os.W_OK | os.X_OK):
+                return Path(place)
+    raise UserError(
+        f"Ray finds no place for its files: TMPDIR={printable(os.environ.get('TMPDIR', '/tmp'))}; "
+        f"expected a folder that can be written to and has room, with a path of at most "
+        f"{PLACE_BYTES} ASCII letters, digits or ._- ; set TMPDIR to one, or use engine=inline"
+    )
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """Replace the user's settings of Ray by those of this run, among them a token that it only has.
+
+    Ray's servers and workers refuse calls without the token. It is in the environment of this
+    process and of those that it starts, which other users cannot read, and in no file.
+    """
+    users = {name: value for name, value in os.environ.items() if name.startswith(SETTING)}
+    _replace_settings({**ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    try:
+        _forget_settings()
+        yield
+    finally:
+        _replace_settings(users)
+        _forget_settings()
+
+
+def _replace_settings(values: dict[str, str]) -> None:
+    for name in [name for name in os.environ if name.startswith(SETTING)]:
+        del os.environ[name]
+    os.environ.update(values)
+
+
+def _forget_settings() -> None:
+    """Make Ray read its settings again: it keeps them, the token too, from its first use on."""
+    _raylet: Any = importlib.import_module("ray._raylet")
+    with contextlib.suppress(AttributeError):  # of another Ray
+        _raylet.AuthenticationTokenLoader.instance().reset_cache()
+        _raylet.Config.initialize("")
 
 
 @contextlib.contextmanager
