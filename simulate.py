@@ -112,7 +112,7 @@ def run_one(
     """
     from femfed.engine.federation import open_federation
     from femfed.engine.rounds import NOTHING_FINISHED, Schedule
-    from femfed.models import check_precision
+    from femfed.models import check_model, check_precision
     from femfed.report.progress import Progress
     from femfed.results import Results
 
@@ -130,6 +130,7 @@ def run_one(
         Progress(cfg.rounds, title, stdout.isatty(), cfg.list_clients, stdout) as progress,
         contextlib.ExitStack() as own,
     ):
+        check_model(model, cfg.seed, cfg.precision)
         store, federation = open_federation(
             dataset,
             cache=Path(cfg.cache).expanduser(),

@@ -20,12 +20,12 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from femfed import UserError, keep_freed_memory
+from femfed import keep_freed_memory
 from femfed.data.store import Rows, Writer
 from femfed.deferred import Correct, Deferred, Kept, KnownAs, corrections_of
 from femfed.forward import Dropouts, drops, forward
 from femfed.local import GRID, LARGEST_SUM, DivergedError, Local, is_finite, unflatten
-from femfed.models import Model
+from femfed.models import Model, build_checked, layers_of
 from femfed.seeds import generator
 from femfed.strategies.base import PIECE, Outcome, Strategy, Weights, pieces, squared_norm
 
@@ -57,13 +57,9 @@ class LocalTraining:
     ) -> None:
         keep_freed_memory()
         self._model, self._strategy, self._local, self._seed = model, strategy, local, seed
-        self.model = model.build(seed, precision)
+        self.model = build_checked(model, seed, precision)
+        self._layers = layers_of(self.model)
         self._weights = [variable.value for variable in self.model.trainable_variables]
-        if len(self._weights) != len(self.model.weights):
-            raise UserError(
-                "the model has weights that are not trained (batch normalisation, say); "
-                "expected a model whose weights are all trainable"
-            )
         self.shapes = [tuple(int(side) for side in w.shape) for w in self._weights]
         self.parameters = sum(int(np.prod(shape)) for shape in self.shapes)
         self._global_weights = [tf.Variable(w, trainable=False) for w in self._weights]
@@ -78,7 +74,7 @@ class LocalTraining:
         self._velocity = [
             tf.Variable(tf.zeros_like(w), trainable=False) for w in self._weights if local.momentum
         ]
-        self._dropping = sum(drops(layer) for layer in self.model.layers)
+        self._dropping = sum(drops(layer) for layer in self._layers)
         only_update = self._begins_globally and type(strategy).finish is Strategy.finish
         self._deferred = self._defer(
             self._corrected, begins_globally=self._begins_globally, only_update=only_update
@@ -143,7 +139,7 @@ class LocalTraining:
 
     def save(self, path: Path) -> None:
         """Save the global weights as a model of plain Keras, in float32 whatever the precision."""
-        plain = self._model.build(self._seed)
+        plain = build_checked(self._model, self._seed)
         plain.set_weights([variable.numpy() for variable in self._global_weights])
         partial = path.with_name(f".{path.name}.{os.getpid()}.keras")
         try:
@@ -397,8 +393,9 @@ class LocalTraining:
             correct_gradients, self._weights, self._global_weights, begins_there=begins_globally
         )
         by_weight = dict(zip(map(id, self._weights), corrections, strict=True))
-        for layer in self.model.layers:
-            correction = by_weight[id(layer.kernel.value)] if layer.weights else None
+        for layer in self._layers:
+            kernel = getattr(layer, "kernel", None)
+            correction = None if kernel is None else by_weight[id(kernel.value)]
             if correction is None:
                 continue
             size, rate = local.batch_size, local.learning_rate

@@ -20,6 +20,7 @@ import keras
 import tensorflow as tf
 
 from femfed.deferred import Deferred, Kept, times
+from femfed.models import layers_of
 
 _PRODUCT, _BIAS = "FemfedProduct", "FemfedBias"  # names of gradients
 _PHILOX = 1  # TensorFlow's number of the generator
@@ -80,7 +81,7 @@ def forward(
         dropouts: None drops nothing.
         deferred: kernels whose steps are deferred, in the order of the layers, and what they keep.
     """
-    x, place, layers = pixels, 0, model.layers
+    x, place, layers = pixels, 0, layers_of(model)
     by_kernel = {id(each.kernel): (each, kept) for each, kept in deferred}
     products = []
     for last, layer, following in zip([None, *layers], layers, [*layers[1:], None], strict=False):
@@ -91,7 +92,9 @@ def forward(
                 products.append((x, x := later.product(x, kept)))
             else:
                 x = _product(x, tf.cast(layer.kernel.value, x.dtype))
-            x = layer.activation(x + tf.cast(layer.bias.value, x.dtype))
+            if layer.bias is not None:
+                x += tf.cast(layer.bias.value, x.dtype)
+            x = layer.activation(x)
         elif _is_pooled(layer, following):
             x = tf.cast(x, layer.compute_dtype)
             x = layer.convolution_op(x, tf.cast(layer.kernel.value, x.dtype))
@@ -113,6 +116,7 @@ def _is_pooled(layer: keras.layers.Layer | None, following: keras.layers.Layer |
     """Whether a convolution's bias and ReLU are to follow the max-pooling that follows it."""
     return (
         isinstance(layer, keras.layers.Conv2D)
+        and layer.bias is not None
         and isinstance(following, keras.layers.MaxPooling2D)
         and layer.activation is keras.activations.relu
     )

@@ -4,6 +4,10 @@ Every model takes `[n, 28, 28, 1]` float32 pixels in 0..1 (white background 1.0,
 published) and returns 62 logits. Initial weights are seeded layer by layer from the run's seed,
 dropout anew for every client (`client.py`); Keras' global generator is never drawn from.
 
+A model of your own is one more frozen dataclass, chosen by `model._target_`. Clients train it by
+the forward pass of `forward.py`, so `build_checked` refuses a layer that this would train
+differently from Keras.
+
 `invert` makes the first layer `1 - x`: ink 1, background 0. The published experiments train on the
 pixels as they are, which works, but starts slowly: most inputs are 1.
 """
@@ -14,13 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from femfed import UserError
+from femfed import UserError, printable
 from femfed.seeds import generator
 
 if TYPE_CHECKING:  # Keras takes seconds to import: only who builds a model waits for it
     import keras
 
 CLASSES = 62
+IMAGE = (28, 28, 1)
+LAYERS = (  # of keras.layers: deterministic, without state but their weights, but for Dropout
+    *("Activation", "AveragePooling2D", "Conv2D", "Conv2DTranspose", "Cropping2D", "Dense"),
+    *("DepthwiseConv2D", "Dropout", "ELU", "Flatten", "GlobalAveragePooling2D"),
+    *("GlobalMaxPooling2D", "GroupNormalization", "Identity", "LayerNormalization", "LeakyReLU"),
+    *("MaxPooling2D", "PReLU", "Permute", "ReLU", "Rescaling", "Reshape", "SeparableConv2D"),
+    *("Softmax", "UnitNormalization", "UpSampling2D", "ZeroPadding2D"),
+)
 
 
 class Model(Protocol):
@@ -65,6 +77,152 @@ def check_precision(model: Model, precision: str, cpu: Path = Path("/proc/cpuinf
         )
 
 
+def check_model(model: Model, seed: int, precision: str) -> None:
+    """Refuse a model that clients would train differently from Keras, or each with other weights.
+
+    The models of this module are known to be right, and Keras takes seconds to import.
+
+    Args:
+        model: what is to be trained.
+        seed: of the run.
+        precision: `float32` or `bfloat16`.
+
+    Raises:
+        UserError: the model, the layer and the reason.
+    """
+    if type(model) in (CNN, PooledCNN, Dense):
+        return
+    first, second = (build_checked(model, seed, precision) for _ in range(2))
+    for layer, again in zip(layers_of(first), layers_of(second), strict=True):
+        pairs = zip(layer.get_weights(), again.get_weights(), strict=True)
+        if not all((one == other).all() for one, other in pairs):
+            raise UserError(
+                f"model {type(model).__name__}: layer {printable(layer.name)} begins with other "
+                f"weights at each build(seed={seed}); accepted: weights that depend on the seed "
+                "alone; give its initializers a seed"
+            )
+    import keras
+
+    keras.utils.clear_session(free_memory=False)  # a layer that is built later keeps its name
+
+
+def build_checked(model: Model, seed: int, precision: str = "float32") -> "keras.Sequential":
+    """Build a model; refuse one that clients would train differently from Keras.
+
+    Args:
+        model: what is to be trained.
+        seed: of the run.
+        precision: `float32` or `bfloat16`.
+
+    Raises:
+        UserError: the model, the layer and the reason.
+    """
+    import keras
+
+    name = type(model).__name__
+    try:
+        built = model.build(seed, precision)
+        if type(built) is keras.Sequential and not built.built:
+            built.build((None, *IMAGE))
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(
+            f"model {name}: build({seed}, {precision!r}) raises {type(error).__name__}: {reason}; "
+            "correct it"
+        ) from error
+    if type(built) is not keras.Sequential:
+        raise UserError(
+            f"model {name}: build returns a {type(built).__name__}; accepted: keras.Sequential, "
+            "whose layers follow one another"
+        )
+    layers = layers_of(built)
+    shape: tuple[int | None, ...] = (None, *IMAGE)
+    trained = {id(weight) for weight in built.trainable_weights}
+    for place, layer in enumerate(layers):
+        if any(layer is other for other in layers[:place]):
+            reason = "occurs twice; accepted: once; make a second layer"
+        else:
+            reason = _objection(layer, shape)
+        if not reason and any(id(weight) not in trained for weight in layer.weights):
+            reason = "has weights that are not trained; accepted: all trainable"
+        if reason:
+            raise UserError(
+                f"model {name}: layer {printable(layer.name)} ({type(layer).__name__}) {reason}"
+            )
+        shape = layer.compute_output_shape(shape)
+    if tuple(built.input_shape) != (None, *IMAGE) or tuple(built.output_shape) != (None, CLASSES):
+        raise UserError(
+            f"model {name}: takes {built.input_shape} and returns {built.output_shape}; accepted: "
+            f"{(None, *IMAGE)} and {(None, CLASSES)}, one logit a class"
+        )
+    if (dtype := built.inputs[0].dtype) != "float32":
+        raise UserError(f"model {name}: takes {dtype}; accepted: float32 pixels in 0..1")
+    last = layers[-1]
+    squashing = (keras.activations.softmax, keras.activations.sigmoid)
+    if isinstance(last, keras.layers.Softmax) or getattr(last, "activation", None) in squashing:
+        raise UserError(
+            f"model {name}: layer {printable(last.name)} makes probabilities of the logits, which "
+            "the loss does already; accepted: logits; leave its activation away"
+        )
+    if last.compute_dtype != "float32":
+        raise UserError(
+            f"model {name}: layer {printable(last.name)} computes logits in {last.compute_dtype}; "
+            "accepted: float32"
+        )
+    if (stated := getattr(model, "parameters", None)) != built.count_params():
+        raise UserError(
+            f"model {name}: parameters is {stated}, but build makes {built.count_params()} "
+            "weights; correct the property `parameters`"
+        )
+    return built
+
+
+def layers_of(built: "keras.Sequential") -> list["keras.Layer"]:
+    """Return the layers of a model in their order, those of nested models in place of these."""
+    import keras
+
+    found = list[keras.Layer]()
+    for layer in built.layers:
+        found += layers_of(layer) if type(layer) is keras.Sequential else [layer]
+    return found
+
+
+def _objection(layer: "keras.Layer", shape: tuple[int | None, ...]) -> str:
+    """Return why clients would not train a layer as Keras does, empty if they do.
+
+    Args:
+        layer: of a model.
+        shape: of its input.
+    """
+    import keras
+
+    if type(layer) not in [getattr(keras.layers, name, None) for name in LAYERS]:
+        return f"is none of the layers that femfed trains; accepted: {', '.join(LAYERS)}"
+    if isinstance(getattr(layer, "activation", None), keras.Layer):
+        return "has a layer as its activation; accepted: a function; add the layer behind it"
+    if layer.activity_regularizer or any(weight.regularizer for weight in layer.weights):
+        return (
+            "has a regularizer, which the loss would lack; accepted: none; local.weight_decay "
+            "decays all weights"
+        )
+    if any(weight.constraint for weight in layer.weights):
+        return "has a constraint, which local steps would ignore; accepted: none"
+    if wrong := {weight.dtype for weight in layer.weights} - {"float32"}:
+        return f"has weights in {wrong.pop()}; accepted: float32"
+    if layer.compute_dtype not in ("float32", "bfloat16"):
+        return f"computes in {layer.compute_dtype}; accepted: float32, or bfloat16 by precision"
+    if getattr(layer, "data_format", None) == "channels_first":
+        return "has data_format=channels_first; accepted: channels_last"
+    if isinstance(layer, keras.layers.Dropout):
+        if layer.noise_shape is not None:
+            return f"has noise_shape={layer.noise_shape}; accepted: None"
+    elif len(layer.variables) > len(layer.weights):
+        return "draws random numbers of its own; accepted: those of Dropout only"
+    if isinstance(layer, keras.layers.Dense) and len(shape) != 2:
+        return f"has an input of shape {shape}; accepted: [n, features]; put a Flatten before it"
+    return ""
+
+
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
         raise UserError(f"model.{name}={value}; expected {expected}")
@@ -91,7 +249,7 @@ def _sequential(
         for layer in stack[:-1]:
             layer.dtype_policy = f"mixed_{precision}"
     first = [keras.layers.Rescaling(-1.0, offset=1.0)] if invert else []
-    return keras.Sequential([keras.Input((28, 28, 1)), *first, *stack], name=name)
+    return keras.Sequential([keras.Input(IMAGE), *first, *stack], name=name)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from femfed import UserError, config
+from femfed import config
 from femfed.client import LocalTraining, _view, forget
 from femfed.data.store import CLASSES, Writer
 from femfed.deferred import Deferred
@@ -812,13 +812,3 @@ def test_a_vector_and_its_layers() -> None:
     assert all(np.shares_memory(view, vector) for view in views)
     with pytest.raises(ValueError, match="8 weights; expected 9"):
         unflatten(vector, [(3, 3)])
-
-
-def test_weights_that_are_not_trained_are_refused() -> None:
-    class Normalising:
-        def build(self, seed: int, precision: str = "float32") -> keras.Sequential:
-            layers = [keras.layers.Flatten(), keras.layers.BatchNormalization()]
-            return keras.Sequential([keras.Input((28, 28, 1)), *layers, keras.layers.Dense(62)])
-
-    with pytest.raises(UserError, match="batch normalisation"):
-        make(model=Normalising())

@@ -32,7 +32,7 @@ OURS = {
     "strategies": {"strategies.base", "strategies.columns"},
     "client": {"strategies.base", "models", "data.store", "forward", "deferred", "local"},
     "local": {"strategies.base"},
-    "forward": {"deferred"},
+    "forward": {"deferred", "models"},
     "deferred": {"linear"},
     "linear": set(),
     "engine": {"engine", "client", "local", "data", "strategies.base", "models", "checkpoint"},
