@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from femfed import RunError, Stopped, UserError, config, one_line, stop
+from femfed import RunError, Stopped, UserError, config, escape_unencodable, one_line, stop
 from femfed.folder import discard, how_to_resume, noise_to, owned
 
 # TensorFlow, Flower and Ray take seconds to import: whatever needs them is imported where a user's
@@ -258,6 +258,7 @@ def on_signal(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Run what the command line says; a user's mistake is one line and exit code 2."""
+    escape_unencodable()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print and exit with 1 on
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)

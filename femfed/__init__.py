@@ -3,27 +3,52 @@
 import contextlib
 import ctypes
 import gc
+import io
 import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 __version__ = "0.1.0"
 
 # Set before TensorFlow, Ray or Flower is imported, here and (by inheritance) in every worker.
 # One TensorFlow thread per process is part of the mathematics: two threads add in another order.
-os.environ.update(
-    TF_NUM_INTRAOP_THREADS="1",
-    TF_NUM_INTEROP_THREADS="1",
-    OPENBLAS_NUM_THREADS="1",  # of NumPy: distances, sums of squares
-    TF_CPP_MIN_LOG_LEVEL="3",
-    TF_FORCE_GPU_ALLOW_GROWTH="true",
-    KERAS_BACKEND="tensorflow",
-    FLWR_TELEMETRY_ENABLED="0",
-    RAY_USAGE_STATS_ENABLED="0",
-    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+ENVIRONMENT = {
+    "TF_NUM_INTRAOP_THREADS": "1",
+    "TF_NUM_INTEROP_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",  # of NumPy: distances, sums of squares
+    "MKL_NUM_THREADS": "1",  # of a NumPy that has it in place of OpenBLAS
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    "KERAS_BACKEND": "tensorflow",
+    "KERAS_HOME": os.devnull,  # no folder: ~/.keras/keras.json could change the type of weights
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+# A user's settings of these libraries, made for other programs, would change weights or end a run.
+# Those of Ray go in `engine.ray`: Ray gives its workers some.
+LIBRARIES = (
+    *("DNNL_", "FLWR_", "GOTO_", "HYDRA_", "KERAS_", "MKL_", "NPY_", "NUMBA_", "NUMPY_", "ONEDNN_"),
+    *("OPENBLAS_", "PROTOCOL_BUFFERS_", "TF_", "XLA_"),
 )
+
+
+def drop_settings(prefixes: tuple[str, ...]) -> None:
+    """Remove environment variables that begin with one of `prefixes`, but for our own."""
+    for name in list(os.environ):
+        if name.startswith(prefixes) and name not in ENVIRONMENT:
+            del os.environ[name]
+
+
+drop_settings(LIBRARIES)
+os.environ.update(ENVIRONMENT)
+if os.environ.pop("PYTHONWARNINGS", None):  # as errors, they would end the imports of libraries
+    warnings.resetwarnings()
+    for _kind in (DeprecationWarning, ImportWarning, PendingDeprecationWarning, ResourceWarning):
+        warnings.simplefilter("ignore", _kind)  # Python's own choice
 
 
 PICTURES_AND_TABLES = ("matplotlib", "pandas", "PIL")  # imported with Keras where they are there
@@ -113,6 +138,13 @@ def _printable_at(text: str, place: int) -> str:
 
 def _escaped(char: str) -> str:
     return char if char.isprintable() else char.encode("unicode_escape").decode()
+
+
+def escape_unencodable() -> None:
+    """Have stdout and stderr escape characters that their encoding lacks, rather than fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class UserError(ValueError):

@@ -37,7 +37,7 @@ def noise_to(path: Path) -> Iterator[TextIO]:
     stdout = sys.stdout
     sys.stderr.flush()
     terminal = os.dup(2)
-    with path.open("a", buffering=1) as file, contextlib.redirect_stdout(file):
+    with path.open("a", buffering=1, encoding="utf-8") as file, contextlib.redirect_stdout(file):
         os.dup2(file.fileno(), 2)
         try:
             yield stdout

@@ -53,7 +53,7 @@ LIBRARIES = {
         "engine.dispatch",
         "strategies.flower",
     },
-    "matplotlib": {"report.plots", "report.sheet", "report.comparison"},
+    "matplotlib": {"report", "report.plots", "report.sheet", "report.comparison"},
     "rich": {"report.progress"},
     "msgspec": {"data.leaf"},
     "h5py": {"data.tff"},

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 
-from femfed import UserError, config
+from femfed import UserError, config, escape_unencodable
 from femfed.data.overview import overview, sheet, table
 from femfed.data.source import Dataset
 from femfed.data.store import WriterStore
@@ -25,6 +25,7 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
+    escape_unencodable()
     try:
         cfg = config.compose(arguments)
         dataset = config.make(cfg.dataset, "dataset")

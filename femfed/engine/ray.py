@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from femfed import (
     Stopped,
     UserError,
+    drop_settings,
     keep_freed_memory,
     light_imports,
     outlast,
@@ -35,6 +36,8 @@ from femfed.engine.footprint import available_memory
 
 if TYPE_CHECKING:
     from femfed.engine.apps import Run
+
+drop_settings(("RAY_",))  # a user's, made for another Ray
 
 RESTARTS = 3  # of the engine in a row without a finished round in between
 WORKER_MEMORY = 700 * 2**20  # bytes of a worker without a model: TensorFlow, Flower, Ray

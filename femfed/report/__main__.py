@@ -6,6 +6,7 @@
 import sys
 from pathlib import Path
 
+from femfed import escape_unencodable
 from femfed.report.comparison import compare
 
 
@@ -14,6 +15,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
+    escape_unencodable()
     for folder in map(Path, arguments):
         written = compare(folder)
         if not written:
@@ -23,7 +25,7 @@ def main(arguments: list[str]) -> int:
                 file=sys.stderr,
             )
             return 2
-        print(written[0].read_text())
+        print(written[0].read_text(encoding="utf-8"))
         print(*written, sep="\n")
     return 0
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from femfed.report import drawing
 from femfed.report.files import replacing
 from femfed.report.plots import BLUE, DOTS, STEPS, STYLE
 
@@ -135,7 +135,7 @@ def _plot(groups: list[Group], path: Path) -> None:
     columns = min(COLUMNS, len(groups))
     rows = -(-len(groups) // columns)
     style: Any = {**STYLE, "axes.titlesize": 7, "font.size": 7}
-    with matplotlib.rc_context(style):
+    with drawing(style):
         figure = Figure(
             figsize=(max(3.5, 1.6 * columns), 0.4 + 1.35 * rows), dpi=DOTS, layout="constrained"
         )

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,6 +18,7 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from femfed.report import drawing
 from femfed.report.files import replacing
 
 Floats = NDArray[np.float64]
@@ -62,7 +62,7 @@ def plot_curves(folder: Path, title: str) -> Path:
     table = {int(row["round"]): row for row in _read(folder / "rounds.csv")}  # the last one counts
     rows = [table[number] for number in sorted(table)]
     rounds = _column(rows, "round")
-    with matplotlib.rc_context(STYLE):
+    with drawing(STYLE):
         figure, (accuracy, loss) = _figure(title, share_y=False)
 
         percent = _Lines(accuracy, rounds, "{:.1f}")
@@ -102,7 +102,7 @@ def plot_writers(folder: Path, title: str) -> Path:
     """
     rows = _read(folder / "writers.csv")
     dense = min(1.0, 300 / max(1, len(rows)))  # many points: smaller and fainter ones
-    with matplotlib.rc_context(STYLE):
+    with drawing(STYLE):
         figure, (ranked, sized) = _figure(title, share_y=True)
         for role, colour, width in (("seen", BLUE, 1.8), ("unseen", VERMILLION, 1.2)):
             some = [row for row in rows if row["role"] == role]

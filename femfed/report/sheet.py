@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from femfed.report import drawing
 from femfed.report.files import replacing
 
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -32,7 +32,7 @@ def draw_sheet(path: Path, title: str, names: Sequence[str], pixels: NDArray[np.
     height, width = pixels.shape
     left, top, right, bottom = 110, 54, 6, 6  # pixels around the images
     size = (left + width + right, top + height + bottom)
-    with matplotlib.rc_context(STYLE):
+    with drawing(STYLE):
         figure = Figure(figsize=(size[0] / DOTS, size[1] / DOTS), dpi=DOTS)
         FigureCanvasAgg(figure)
         place = (left / size[0], bottom / size[1], width / size[0], height / size[1])
