@@ -24,7 +24,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from femfed import RunError, Stopped, UserError, config, escape_unencodable, one_line, stop
+from femfed import (
+    RunError,
+    Stopped,
+    UserError,
+    __version__,
+    command_line,
+    config,
+    escape_unencodable,
+    one_line,
+    stop,
+)
 from femfed.folder import discard, how_to_resume, noise_to, owned
 
 # TensorFlow, Flower and Ray take seconds to import: whatever needs them is imported where a user's
@@ -34,6 +44,7 @@ started = time.perf_counter()
 exit_codes: list[int] = []  # of the runs that failed
 finished: list[Path] = []  # folders of the runs that did not
 composed: list[DictConfig] = []  # configs that Hydra made without a complaint
+sweep_sizes: list[int] = []  # runs of the sweep, if this is one
 engines = contextlib.ExitStack()  # ends what a sweep's runs share
 kept: dict[tuple[Any, ...], Any] = {}  # the engine of a sweep's last run, by its settings
 
@@ -48,6 +59,7 @@ def simulate(cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     choices = dict(hydra_config.runtime.choices)
+    place = config.place_in_sweep(sweep_sizes[-1] if sweep_sizes else None)
     before: list[str] | None = None  # names in a new run's folder, none of which is the run's
 
     def ended() -> str:
@@ -59,6 +71,7 @@ def simulate(cfg: DictConfig) -> None:
 
     try:
         with owned(folder):
+            config.make_paths_absolute(cfg, Path(hydra_config.runtime.cwd))
             if cfg.resume is not None:
                 cfg, choices = config.resumed(cfg, choices, hydra_config.overrides.task, folder)
             elif (folder / "rounds.csv").exists():
@@ -69,31 +82,30 @@ def simulate(cfg: DictConfig) -> None:
             else:
                 before = [path.name for path in folder.iterdir()]
             config.check(cfg)
-            sweep = hydra_config.mode is RunMode.MULTIRUN
             save = config.save if before is None else config.save_new
             accepted = functools.partial(save, cfg, folder)
-            run_one(cfg, folder, choices["strategy"], choices["model"], sweep, accepted)
+            run_one(cfg, folder, choices["strategy"], choices["model"], place, accepted)
         finished.append(folder)
     except (UserError, OmegaConfBaseException) as error:
         if before is not None:
             discard(folder, before)
         said = str(error) if isinstance(error, UserError) else config.explain(error)
-        exit_codes.append(fail(said, 2))
+        exit_codes.append(fail(place.prefix + said, 2))
     except RunError as error:
         said, _, trace = str(error).partition("\n")
-        exit_codes.append(fail(said, 1))
+        exit_codes.append(fail(place.prefix + said, 1))
         print(trace, end="\n" if trace else "", file=sys.stderr)
     except OSError as error:
         how = ended()
         said = how or "make room there, or give another folder (hydra.run.dir, cache)"
-        exit_codes.append(fail(f"{error}; {said}", 1 if how else 2))
+        exit_codes.append(fail(f"{place.prefix}{error}; {said}", 1 if how else 2))
     except Stopped as stopped:
         done = f"{len(finished)} runs done" if hydra_config.mode is RunMode.MULTIRUN else ""
         fail("; ".join(filter(None, ["stopped", done, ended()])), 0)
         leave(stopped)
     except Exception:
         if how := ended():
-            fail(how, 1)
+            fail(place.prefix + how, 1)
         raise
     started = time.perf_counter()  # of a sweep's next run
 
@@ -103,7 +115,7 @@ def run_one(
     folder: Path,
     strategy_name: str,
     model_name: str,
-    sweep: bool,
+    place: config.Place,
     accepted: Callable[[], None],
 ) -> None:
     """Build what `cfg` describes, run it, and leave the results in `folder`.
@@ -121,13 +133,16 @@ def run_one(
     model = config.make(cfg.model, "model")
     check_precision(model, cfg.precision)
     title = f"{dataset.name}, {strategy_name}, {model_name}, {cfg.clients} clients, seed {cfg.seed}"
+    title += place.values_beside("strategy", "model", "clients", "seed")
     about = {"dataset": dataset.name, "variant": dataset.variant, "partition": dataset.partition}
     about |= {"strategy": strategy_name, "model": model_name}
     settings = ("clients", "clients_per_round", "rounds", "seed", "precision")
     about |= {key: cfg[key] for key in settings}
     with (
         noise_to(folder / "simulate.log") as stdout,
-        Progress(cfg.rounds, title, stdout.isatty(), cfg.list_clients, stdout) as progress,
+        Progress(
+            cfg.rounds, title + place.number, stdout.isatty(), cfg.list_clients, stdout
+        ) as progress,
         contextlib.ExitStack() as own,
     ):
         check_model(model, cfg.seed, cfg.precision)
@@ -142,7 +157,7 @@ def run_one(
             on_message=progress.message,
         )
         results = Results(folder, store, federation, progress, cfg.checkpoint.every, started)
-        engine, start = engine_of(cfg, model, progress.status, engines if sweep else own)
+        engine, start = engine_of(cfg, model, progress.status, engines if place.number else own)
         begun = results.rewind(cfg.rounds)
         accepted()
         if cfg.resume is not None:
@@ -262,13 +277,16 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print and exit with 1 on
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
+    line = command_line.CommandLine()
     try:
-        sys.argv[1:] = config.in_place(sys.argv[1:])
+        line = command_line.parse(config.in_place(sys.argv[1:]))
+        if line.has("--version"):
+            print(f"femfed {__version__}")
+            return
+        sys.argv[1:] = config.for_hydra(line)
+        sweep_sizes[:] = [config.runs_of(line)] if line.sweep else []
         simulate()
-        sweeps = {
-            folder.parent for folder in finished if "-m" in sys.argv or "--multirun" in sys.argv
-        }
-        for sweep in sweeps:
+        for sweep in {folder.parent for folder in finished if line.sweep}:
             from femfed.report.comparison import compare
 
             for path in compare(sweep):
@@ -277,7 +295,7 @@ def main() -> None:
     except UserError as error:
         exit_codes.append(fail(str(error), 2))
     except (HydraException, OmegaConfBaseException) as error:
-        exit_codes.append(fail(config.explain(error), 2))
+        exit_codes.append(fail(config.explain(error, line), 2))
     except OSError as error:  # of Hydra's, before there is a run
         exit_codes.append(fail(f"{error}; give another hydra.run.dir", 2))
     except Stopped as stopped:
@@ -286,7 +304,7 @@ def main() -> None:
     except Exception as error:
         if composed:
             raise
-        exit_codes.append(fail(config.explain(error), 2))  # Hydra's parsers raise many kinds
+        exit_codes.append(fail(config.explain(error, line), 2))  # Hydra's parsers raise many kinds
     finally:
         end_engines()
     sys.exit(max(exit_codes, default=0))

@@ -1,8 +1,8 @@
 """The schema of conf/: types, ranges and one line of help per key; and from a config to objects."""
 
 import dataclasses
-import difflib
 import importlib
+import inspect
 import os
 import re
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -23,17 +24,32 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from femfed import UserError
+from femfed import UserError, command_line
+from femfed.command_line import CommandLine
+from femfed.hints import CONF as CONF
+from femfed.hints import closest, owners, suggestion
 
 MOST = 1_000_000  # of anything that is counted: beyond, it is a slip of the keyboard
-CONF = Path(__file__).resolve().parents[1] / "conf"
+NOTHING_TYPED = CommandLine()
 
 
 def _key(
-    help: str, low: float | None = None, high: float | None = None, below: bool = False
+    help: str,
+    low: float | None = None,
+    high: float | None = None,
+    below: bool = False,
+    path: bool = False,
 ) -> Any:
-    """Declare a key: its help and the range of its value (`below`: high itself is excluded)."""
-    bounds = {"help": help, "low": low, "high": high, "below": below}
+    """Declare a key: its help and the range of its value.
+
+    Args:
+        help: one line.
+        low: the smallest value.
+        high: the largest value.
+        below: whether `high` itself is excluded.
+        path: whether the value is a path, which is taken as typed and kept absolute.
+    """
+    bounds = {"help": help, "low": low, "high": high, "below": below, "path": path}
     return field(default=MISSING, metadata=bounds)
 
 
@@ -100,9 +116,9 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     on_client_error: str = _key("stop the run, or drop the client from its round")
     stop_on_divergence: bool = _key("end a run whose loss or weights leave all bounds")
-    resume: str | None = _key("folder of a run to go on with")
+    resume: str | None = _key("folder of a run to go on with", path=True)
     list_clients: bool = _key("print every round's clients: number and subject number")
-    cache: str = _key("folder of the converted datasets")
+    cache: str = _key("folder of the converted datasets", path=True)
 
 
 CHOICES = {
@@ -115,9 +131,10 @@ MAY_CHANGE = ("rounds", "engine", "checkpoint", "list_clients", "cache", "resume
 
 
 def register() -> None:
-    """Make the schema known to Hydra as `schema`, and `${fresh:...}`."""
+    """Make the schema known to Hydra as `schema`, `${fresh:...}` and `${run_name:...}`."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("fresh", _fresh, replace=True)
+    OmegaConf.register_new_resolver("run_name", command_line.run_name, replace=True)
 
 
 _fresh_folders: dict[str, str] = {}  # asked for -> made
@@ -139,20 +156,134 @@ def _fresh(path: str) -> str:
     return _fresh_folders[path]
 
 
-def compose(overrides: Sequence[str]) -> DictConfig:
+def path_keys() -> set[str]:
+    """Return the keys whose values are paths.
+
+    Of the schema those that say so, of the groups every key named `path`.
+    """
+    keys = {entry.name for entry in dataclasses.fields(Config) if entry.metadata.get("path")}
+    for path in CONF.glob("*/*.yaml"):
+        if re.search(r"^path:", path.read_text(encoding="utf-8"), re.MULTILINE):
+            keys.add(f"{path.parent.name}.path")
+    return keys | {"hydra.run.dir", "hydra.sweep.dir"}
+
+
+def make_paths_absolute(cfg: DictConfig, folder: Path) -> None:
+    """Make every path of a config absolute, wherever it was given, and replace `~`.
+
+    Args:
+        cfg: the config, which is changed.
+        folder: that relative paths start from.
+
+    Raises:
+        UserError: a path is empty or in a home that is not there.
+    """
+    for key in sorted(path_keys()):
+        path = OmegaConf.select(cfg, key)
+        if isinstance(path, str):
+            OmegaConf.update(cfg, key, str(folder / command_line.expanded(key, path)))
+
+
+def groups(line: CommandLine) -> dict[str, list[str]]:
+    """Return the config groups and their choices, those of a user's --config-dir as well."""
+    found: dict[str, list[str]] = {}
+    for top in (CONF, line.value_of("--config-dir")):
+        for path in sorted(Path(top).glob("*/*.yaml")) if top else ():
+            found.setdefault(path.parent.name, []).append(path.stem)
+    return found
+
+
+def for_hydra(line: CommandLine) -> list[str]:
+    """Return a command line in the words of Hydra's grammar.
+
+    Raises:
+        UserError: an override cannot be read.
+    """
+    options = [word for option in line.options for word in option]
+    overrides = command_line.paths_quoted(line.overrides, path_keys(), line.sweep)
+    command_line.check_grammar(overrides)
+    if line.sweep:
+        overrides = command_line.for_sweep(overrides, groups(line))
+    return [*options, *overrides]
+
+
+def runs_of(line: CommandLine) -> int:
+    """Return how many runs the sweep of a command line has."""
+    overrides = command_line.paths_quoted(line.overrides, path_keys(), line.sweep)
+    return command_line.number_of_runs(overrides, groups(line))
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of a run in its sweep.
+
+    Attributes:
+        number: ` (run 3 of 27)`; empty if it is no sweep's.
+        values: the swept keys and their values.
+    """
+
+    number: str = ""
+    values: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def prefix(self) -> str:
+        """What an error line of the run begins with."""
+        if not self.number:
+            return ""
+        values = ", ".join(f"{key}={value}" for key, value in self.values)
+        return f"{values}{self.number}: ".lstrip()
+
+    def values_beside(self, *keys: str) -> str:
+        """Return the swept values of all but some keys, for a title that names those."""
+        return "".join(f", {key}={value}" for key, value in self.values if key not in keys)
+
+
+def place_in_sweep(runs: int | None) -> Place:
+    """Return the place of Hydra's current job in its sweep.
+
+    Args:
+        runs: of the sweep's command line; its sweeper may add some.
+    """
+    about: Any = HydraConfig.get()
+    if about.mode is not RunMode.MULTIRUN:
+        return Place()
+    fixed = about.job.config.override_dirname.exclude_keys
+    values = command_line.swept_values(about.overrides.task, fixed)
+    basic = about.sweeper._target_.endswith(".BasicSweeper") and not about.sweeper.params
+    total = f" of {runs}" if basic and runs is not None else ""
+    return Place(f" (run {about.job.num + 1}{total})", tuple(values))
+
+
+def compose(line: CommandLine | Sequence[str]) -> DictConfig:
     """Return the checked config of a command line of `simulate.py`.
+
+    Args:
+        line: taken apart, or its overrides alone.
 
     Raises:
         UserError: the command line is not understood, or a value is out of range.
     """
-    register()
+    if not isinstance(line, CommandLine):
+        line = CommandLine(overrides=tuple(line))
+    quoted = command_line.paths_quoted(line.overrides, path_keys(), sweep=False)
+    command_line.check_grammar(quoted)
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = hydra.compose("config", list(overrides))
+        cfg = _compose(quoted, line)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from None
+        raise UserError(explain(error, line)) from None
+    make_paths_absolute(cfg, Path.cwd())
     check(cfg)
     return cfg
+
+
+def _compose(overrides: Sequence[str], line: CommandLine) -> DictConfig:
+    register()
+    search = list[str]()
+    if folder := line.value_of("--config-dir"):
+        source = command_line.quoted(f"file://{folder}")
+        search = [f"hydra.searchpath=[{source}]"]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("config", [*overrides, *search])
 
 
 def in_place(arguments: list[str]) -> list[str]:
@@ -172,7 +303,7 @@ def in_place(arguments: list[str]) -> list[str]:
         )
     if {"-m", "--multirun"} & set(arguments):
         raise UserError(f"resume={path} with -m; expected one run to go on with at a time")
-    quoted = "'" + str(folder).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    quoted = command_line.quoted(str(folder))
     others = [argument for argument in arguments if argument not in given]
     return [*others, f"resume={quoted}", f"hydra.run.dir={quoted}"]
 
@@ -238,14 +369,10 @@ def check(cfg: DictConfig) -> None:
     Raises:
         UserError: a value is out of range, naming the key, the value and the range.
     """
-    if surplus := sorted(set(map(str, cfg)) - set(_keys(Config, ""))):
-        raise UserError(unknown(surplus[0]))
-    _check(Config, cfg, "")
+    _check(Config, cfg, "", cfg)
     for key, choices in CHOICES.items():
         if (value := OmegaConf.select(cfg, key)) not in choices:
             raise UserError(f"{key}={value}; expected {' or '.join(choices)}")
-    if os.path.expanduser(cfg.cache).startswith("~"):
-        raise UserError(f"cache={cfg.cache}: there is no such home; expected cache=DIR")
     if cfg.clients_per_round > cfg.clients:
         raise UserError(
             f"clients_per_round={cfg.clients_per_round} is more than clients={cfg.clients}; "
@@ -253,12 +380,15 @@ def check(cfg: DictConfig) -> None:
         )
 
 
-def _check(schema: type, node: DictConfig, prefix: str) -> None:
+def _check(schema: type, node: DictConfig, prefix: str, cfg: DictConfig) -> None:
+    names = {entry.name for entry in dataclasses.fields(schema)}
+    if surplus := sorted(set(map(str, node)) - names):
+        raise UserError(unknown(f"{prefix}{surplus[0]}", cfg))
     for entry in dataclasses.fields(schema):
         name = f"{prefix}{entry.name}"
         value = node[entry.name]
         if isinstance(entry.type, type) and dataclasses.is_dataclass(entry.type):
-            _check(entry.type, value, f"{name}.")
+            _check(entry.type, value, f"{name}.", cfg)
         low, high = entry.metadata.get("low"), entry.metadata.get("high")
         if value is None or (low is None and high is None):
             continue
@@ -287,15 +417,18 @@ def make(node: DictConfig, group: str) -> Any:
             raise ImportError
         if made.__module__ != module:  # imported there from elsewhere
             raise ImportError
+        if not _is_of(made, group):
+            raise ImportError
     except (ImportError, AttributeError):
         raise UserError(
-            f"{group}._target_={target}; expected a dataclass of femfed, as in conf/{group}/*.yaml"
+            f"{group}._target_={target} is no {group} of femfed; expected one as in "
+            f"conf/{group}/*.yaml"
         ) from None
     schema = OmegaConf.structured(made)
     OmegaConf.set_readonly(schema, False)
     given = {key: value for key, value in node.items() if key != "_target_"}
     if surplus := sorted(set(map(str, given)) - set(schema)):
-        raise UserError(unknown(f"{group}.{surplus[0]}"))
+        raise UserError(unknown(f"{group}.{surplus[0]}", OmegaConf.create({group: node})))
     try:
         fields = OmegaConf.to_container(OmegaConf.merge(schema, given), throw_on_missing=True)
     except ValidationError as error:
@@ -309,36 +442,120 @@ def make(node: DictConfig, group: str) -> Any:
     return made(**{str(k): tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
-def explain(error: Exception) -> str:
-    """Return what Hydra or OmegaConf say of a user's mistake as one line with a way out."""
-    cause = error.__cause__ or error
+def _is_of(made: type, group: str) -> bool:
+    """Whether a class is of a group: it has the base, or the module, of a published one."""
+    targets = {str(OmegaConf.load(path)._target_) for path in (CONF / group).glob("*.yaml")}
+    own = f"{made.__module__}.{made.__name__}"
+    if own in targets:
+        return True
+    module, _, name = min(targets).rpartition(".")
+    base = getattr(importlib.import_module(module), name).__mro__
+    roots = [each for each in base[1:] if each.__module__.startswith("femfed.")]
+    return (
+        bool(roots)
+        and issubclass(made, roots[-1])
+        and made is not roots[-1]
+        and (not inspect.isabstract(made))
+    )
+
+
+PLUGINS = {  # of Hydra: choice of a group -> the package that brings it
+    "hydra/launcher": {
+        "joblib": "hydra-joblib-launcher",
+        "ray": "hydra-ray-launcher",
+        "rq": "hydra-rq-launcher",
+        "submitit_local": "hydra-submitit-launcher",
+        "submitit_slurm": "hydra-submitit-launcher",
+    },
+    "hydra/sweeper": {
+        "optuna": "hydra-optuna-sweeper",
+        "ax": "hydra-ax-sweeper",
+        "nevergrad": "hydra-nevergrad-sweeper",
+    },
+    "hydra/job_logging": {"colorlog": "hydra-colorlog"},
+    "hydra/hydra_logging": {"colorlog": "hydra-colorlog"},
+}
+
+
+def explain(error: Exception, line: CommandLine = NOTHING_TYPED) -> str:
+    """Return what Hydra or OmegaConf say of a user's mistake as one line with a way out.
+
+    Args:
+        error: theirs.
+        line: the command line, in whose groups unknown keys are looked for.
+    """
+    cause: BaseException = error
+    while not isinstance(cause, OmegaConfBaseException) and cause.__cause__:
+        cause = cause.__cause__
     key = str(getattr(cause, "full_key", None) or "")
     text = str(error) or str(cause)
-    if missing := re.search(r"Could not find '([\w/]+)/(\w+)'", text):
-        group, name = missing.groups()
-        options = ", ".join(path.stem for path in sorted((CONF / group).glob("*.yaml")))
-        return f"{group}={name} is not there; expected one of: {options}"
+    if missing := re.search(r"Could not find '([^'\n]+)/([^/'\n]*)'", text):
+        return _no_choice(missing[1], missing[2], line)
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        return unknown(key)
+        return unknown(key, _context(line))
     if isinstance(cause, ValidationError):
         return f"{key}: {str(cause).splitlines()[0]}"
+    if "does not support sweep type" in text:
+        return "this sweeper cannot sweep over an interval; expected key=a,b or key=range(0,5)"
     if text.startswith("Ambiguous value"):
         return f"{text.splitlines()[0]}; to sweep over it, add -m"
     return " ".join(line.strip() for line in text.splitlines() if "https:" not in line)
 
 
-def unknown(key: str) -> str:
-    """Return the line that says that there is no such key, and which was probably meant."""
-    known = _keys(Config, "")
-    known += [f"dataset.{name!s}" for name in OmegaConf.load(CONF / "config.yaml").dataset]
-    for path in CONF.glob("*/*.yaml"):
-        known += [f"{path.parent.name}.{name!s}" for name in OmegaConf.load(path)]
-    for path in CONF.glob("*/*.yaml"):
-        for name, value in OmegaConf.load(path).items():
-            if isinstance(value, DictConfig) and key.startswith(f"{path.parent.name}.{name!s}."):
-                return f"unknown key {key}; to add it, write +{key}=VALUE"
-    close = difflib.get_close_matches(key, sorted(set(known)), n=1)
-    hint = f"did you mean {close[0]}?" if close else "python simulate.py --help lists the keys"
+def _no_choice(group: str, name: str, line: CommandLine) -> str:
+    """Return the line that says that a group has no such choice, and which there are."""
+    if package := PLUGINS.get(group, {}).get(name):
+        return f"{group}={name} is not installed; pip install {package}"
+    options = groups(line).get(group)
+    if not options:
+        return f"{group}={name} is not there; python simulate.py --info defaults lists the groups"
+    hint = f"; did you mean {group}={close}?" if (close := closest(name, options)) else ""
+    return f"{group}={name} is not there; expected one of: {', '.join(options)}{hint}"
+
+
+def _context(line: CommandLine) -> DictConfig:
+    """Return the config of a command line's groups, without the keys that may be unknown."""
+    choices = [each for each in line.overrides if each.partition("=")[0] in groups(line)]
+    for tried in (choices, []):
+        try:
+            return _compose(tried, line)
+        except (HydraException, OmegaConfBaseException):
+            continue
+    return OmegaConf.create()
+
+
+def unknown(key: str, cfg: DictConfig) -> str:
+    """Return the line that says that there is no such key, and which was probably meant.
+
+    Args:
+        key: as typed.
+        cfg: a config with the groups that the command line chooses.
+    """
+    parent, _, last = key.rpartition(".")
+    known = set(_keys(Config, ""))
+    elsewhere: dict[str, list[str]] = {}
+    chosen = ""
+    for group in ("dataset", "model", "strategy"):
+        node = cfg.get(group)
+        if not isinstance(node, DictConfig):
+            continue
+        known |= {f"{group}.{name!s}" for name in node}
+        alike = list[str]()
+        for path in sorted((CONF / group).glob("*.yaml")):
+            other: Any = OmegaConf.load(path)
+            if other.get("_target_") == node.get("_target_"):
+                alike.append(path.stem)
+            for name in other:
+                elsewhere.setdefault(f"{group}.{name!s}", []).append(path.stem)
+        if key.startswith(f"{group}."):
+            chosen = f"{group}={alike[0]}" if len(alike) == 1 else f"this {group}"
+    known.add("experiment")
+    elsewhere = {key: choices for key, choices in elsewhere.items() if key not in known}
+    if key in elsewhere:
+        return f"{chosen} has no {last}; {owners(key, elsewhere[key])}"
+    if parent.count(".") == 1 and isinstance(OmegaConf.select(cfg, parent), DictConfig):
+        return f"unknown key {key}; to add it, write +{key}=VALUE"
+    hint = suggestion(key, known, elsewhere) or "python simulate.py --help lists the keys"
     return f"unknown key {key}; {hint}"
 
 

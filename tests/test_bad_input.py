@@ -40,7 +40,51 @@ def person(shard: dict) -> dict:
 COMMANDS = {
     "roundz=3": ["unknown key roundz", "did you mean rounds?"],
     "local.learning_rat=1": ["unknown key local.learning_rat", "local.learning_rate?"],
-    "strategy.proximal=1": ["unknown key strategy.proximal", "strategy.proximal_mu?"],
+    "strategy.proximal=1": ["unknown key strategy.proximal", "proximal_mu, which strategy=fedprox"],
+    "strategy=fedprox strategy.proximal=1": ["did you mean strategy.proximal_mu?"],
+    "strategy.proximal_mu=1": ["strategy=fedavg has no proximal_mu; strategy=fedprox has"],
+    "dataset.path=/tmp": ["dataset=glyphs has no path", "leaf"],
+    "+evaluate.evry=1": ["unknown key evaluate.evry; did you mean evaluate.every?"],
+    "++evaluate.fraction=0.1": ["unknown key evaluate.fraction"],
+    "+checkpoint.keep=5": ["unknown key checkpoint.keep"],
+    "+engine.gpus=1": ["unknown key engine.gpus", "engine.workers=N"],
+    "+local.optimizer=adam": ["unknown key local.optimizer", "SGD"],
+    "+dataset.foo=1": ["unknown key dataset.foo"],
+    "++model.foo=1": ["unknown key model.foo"],
+    "+local.deep.er=1": ["unknown key local.deep"],
+    "local.lr=0.1": ["did you mean local.learning_rate?"],
+    "--lr 0.1": ["unknown option --lr", "local.learning_rate=VALUE"],
+    "--num-clients-per-round=3": ["clients_per_round=VALUE"],
+    "--foo": ["unknown option --foo", "--help"],
+    "-x": ["unknown option -x"],
+    "--experimental-rerun x": ["--experimental-rerun", "resume=DIR"],
+    "--config-dir /nowhere": ["--config-dir=/nowhere is no folder"],
+    "--cfg nothing": ["--cfg=nothing; expected job, hydra, all"],
+    "--multirun=yes": ["--multirun takes no value"],
+    "clients = 10": ["space beside =", "clients=10"],
+    "clients =10": ["space beside =", "clients=10"],
+    "clients= 10": ["space beside =", "clients=10"],
+    "=10": ["space beside ="],
+    "strategy=fedprox strategy.mu=1": ["did you mean strategy.proximal_mu?"],
+    "strategy.mu=1": ["strategy.proximal_mu, which strategy=fedprox has"],
+    "server_lr=1": ["strategy.server_learning_rate, which strategy=fedadagrad, fedadam"],
+    "strategy=FedProx": ["did you mean strategy=fedprox?"],
+    "dataset.classes=[a,b": ["dataset.classes=[a,b: [ is not closed"],
+    "dataset.classes='a": ["a quote is not closed"],
+    "dataset.classes=a)": [") has no ( before it"],
+    "cache=": ["cache= has no value", "cache=DIR"],
+    "dataset=leaf dataset.path=~nobody-of-that-name/d": ["there is no such home"],
+    "hydra/launcher=joblib": ["hydra/launcher=joblib", "pip install hydra-joblib-launcher"],
+    "hydra/sweeper=optuna": ["pip install hydra-optuna-sweeper"],
+    "-m hydra/launcher=joblib seed=0,1": ["pip install hydra-joblib-launcher"],
+    "-m seed=0,0": ["seed=0,0 sweeps over 0 twice"],
+    "-m rounds=1,many": ["rounds", "many", "Integer"],
+    "-m strategy=fedavg,fedpro": ["strategy=fedpro is not there", "strategy=fedprox?"],
+    "-m seed=interval(0,1)": ["sweep over an interval", "range(0,5)"],
+    "dataset._target_=femfed.strategies.fedavg.FedAvg": ["is no dataset of femfed"],
+    "strategy._target_=femfed.strategies.base.Strategy": ["is no strategy of femfed"],
+    "model._target_=femfed.data.leaf.Leaf": ["is no model of femfed"],
+    "dataset._target_=femfed.data.source.Dataset": ["is no dataset of femfed"],
     "+colour=red": ["unknown key colour"],
     "+strategy.colour=red": ["unknown key strategy.colour"],
     "strategy=flower strategy.rule.num_malicious_nodes=1": ["+strategy.rule.num_malicious_nodes="],
@@ -100,6 +144,36 @@ COMMANDS = {
     "dataset=leaf dataset.path=/nowhere/at/all": ["/nowhere/at/all"],
 }
 
+# Words of other frameworks -> the key or the remark that they lead to.
+WORDS = {
+    "lr": "local.learning_rate",
+    "fraction_fit": "clients_per_round=N",
+    "C": "clients_per_round=N",
+    "num_clients": "mean clients?",
+    "num_rounds": "mean rounds?",
+    "num-server-rounds": "mean rounds?",
+    "min_fit_clients": "mean clients_per_round?",
+    "clients_per_training_round": "mean clients_per_round?",
+    "optimizer": "SGD",
+    "epochs": "mean local.epochs?",
+    "E": "mean local.epochs?",
+    "batch_size": "mean local.batch_size?",
+    "B": "mean local.batch_size?",
+    "lr_decay": "the same in every round",
+    "algorithm": "mean strategy?",
+    "mu": "strategy.proximal_mu, which strategy=fedprox has",
+    "momentum": "mean local.momentum?",
+    "every": "mean checkpoint.every or evaluate.every?",
+    "data_dir": "dataset.path, which dataset=fedscale",
+    "output_dir": "mean hydra.run.dir?",
+    "gpu": "engine.workers=N",
+}
+PATHS = (
+    "/data/run=3", "/data/femnist (1)", "/home/학생/데이터", "/home/müller/d", "/data/a#1",
+    "/data/R&D", "/data/kim's", '/data/"x"', "/data/{x}", "/data/a,b", "/data/[1]", "/data/a: b", "/data/$x",
+    "/data/back\\slash", "/data/end\\", "/data/100%", "/data/@!;*?", "/data/ end ",
+)  # fmt: skip
+
 SHARDS = {
     "cut off": (lambda path: path.write_text(json.dumps(SHARD)[:9000]), ["byte"]),
     "not JSON": (lambda path: path.write_text("users: none"), ["byte 0"]),
@@ -140,6 +214,41 @@ def test_a_command_line_that_cannot_be_meant(command, tmp_path, monkeypatch) -> 
     line = refused(tmp_path, monkeypatch, *command.split())
     for part in COMMANDS[command]:
         assert part in line
+
+
+def test_words_of_other_frameworks_lead_to_ours(tmp_path, monkeypatch) -> None:
+    for word, part in WORDS.items():
+        line = refused(tmp_path, monkeypatch, f"{word}=1")
+        assert f"unknown key {word}" in line
+        assert part in line
+
+
+def test_a_path_is_taken_as_typed(tmp_path, monkeypatch) -> None:
+    for path in PATHS:
+        line = refused(tmp_path, monkeypatch, "dataset=leaf", f"dataset.path={path}")
+        assert f"dataset.path={path} does not exist" in line
+
+
+def test_a_path_may_be_quoted_for_hydra_and_begin_with_the_home(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/nowhere/of/mine")
+    for typed in ("~/leaf", "'~/leaf'", '"~/leaf"'):
+        line = refused(tmp_path, monkeypatch, "dataset=leaf", f"dataset.path={typed}")
+        assert "dataset.path=/nowhere/of/mine/leaf does not exist" in line
+
+
+def test_a_users_config_dir_may_stand_anywhere_and_is_checked(tmp_path, monkeypatch) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    yaml = tmp_path / "mine" / "experiment" / "mine.yaml"
+    yaml.write_text("# @package _global_\nlocal:\n  optimizer: adam\n")
+    for command in (
+        ["experiment=mine", "--config-dir", f"{tmp_path}/mine"],
+        ["--config-dir", f"{tmp_path}/mine", "experiment=mine"],
+        [f"--config-dir={tmp_path}/mine", "experiment=mine"],
+    ):
+        assert "unknown key local.optimizer" in refused(tmp_path, monkeypatch, *command)
+    line = refused(tmp_path, monkeypatch, "experiment=mien", "--config-dir", f"{tmp_path}/mine")
+    assert "homework" in line
+    assert "did you mean experiment=mine?" in line
 
 
 @pytest.mark.parametrize("name", SHARDS)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 
-from femfed import UserError, config, escape_unencodable
+from femfed import UserError, command_line, config, escape_unencodable
 from femfed.data.overview import overview, sheet, table
 from femfed.data.source import Dataset
 from femfed.data.store import WriterStore
@@ -27,7 +27,10 @@ def main(arguments: list[str]) -> int:
         return 0
     escape_unencodable()
     try:
-        cfg = config.compose(arguments)
+        line = command_line.parse(arguments)
+        if others := [option[0] for option in line.options if option[0] != "--config-dir"]:
+            raise UserError(f"{others[0]}: one dataset is described; expected no {others[0]}")
+        cfg = config.compose(line)
         dataset = config.make(cfg.dataset, "dataset")
         store, members, remarks = writers_of(dataset, cfg)
     except UserError as error:
