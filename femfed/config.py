@@ -487,8 +487,12 @@ def explain(error: Exception, line: CommandLine = NOTHING_TYPED) -> str:
     cause: BaseException = error
     while not isinstance(cause, OmegaConfBaseException) and cause.__cause__:
         cause = cause.__cause__
-    key = str(getattr(cause, "full_key", None) or "")
     text = str(error) or str(cause)
+    key = str(getattr(cause, "full_key", None) or "")
+    if in_file := re.search(r"(\w+) raised while composing config:.*?full_key: (\S+)", text, re.S):
+        kind, key = in_file.groups()
+        if kind in ("ConfigKeyError", "ConfigAttributeError"):
+            return unknown(key, _context(line))
     if missing := re.search(r"Could not find '([^'\n]+)/([^/'\n]*)'", text):
         return _no_choice(missing[1], missing[2], line)
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):

@@ -170,8 +170,9 @@ WORDS = {
 }
 PATHS = (
     "/data/run=3", "/data/femnist (1)", "/home/학생/데이터", "/home/müller/d", "/data/a#1",
-    "/data/R&D", "/data/kim's", '/data/"x"', "/data/{x}", "/data/a,b", "/data/[1]", "/data/a: b", "/data/$x",
-    "/data/back\\slash", "/data/end\\", "/data/100%", "/data/@!;*?", "/data/ end ",
+    "/data/R&D", "/data/kim's", '/data/"x"', "/data/{x}", "/data/a,b", "/data/[1]",
+    "/data/a: b", "/data/$x", "/data/back\\slash", "/data/end\\", "/data/100%", "/data/@!;*?",
+    "/data/ end ",
 )  # fmt: skip
 
 SHARDS = {
