@@ -21,7 +21,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from femfed import (
@@ -71,8 +71,7 @@ def simulate(cfg: DictConfig) -> None:
 
     try:
         with owned(folder):
-            config.make_paths_absolute(cfg, Path(hydra_config.runtime.cwd))
-            if cfg.resume is not None:
+            if OmegaConf.select(cfg, "resume") is not None:
                 cfg, choices = config.resumed(cfg, choices, hydra_config.overrides.task, folder)
             elif (folder / "rounds.csv").exists():
                 raise UserError(
@@ -82,6 +81,7 @@ def simulate(cfg: DictConfig) -> None:
             else:
                 before = [path.name for path in folder.iterdir()]
             config.check(cfg)
+            config.make_paths_absolute(cfg, Path(hydra_config.runtime.cwd))
             save = config.save if before is None else config.save_new
             accepted = functools.partial(save, cfg, folder)
             run_one(cfg, folder, choices["strategy"], choices["model"], place, accepted)

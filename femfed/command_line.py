@@ -4,9 +4,10 @@ Options come first, paths are quoted, and a sweep's fixed keys stay out of the n
 """
 
 import hashlib
+import math
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ SHORT |= {"-cp": "--config-path", "-cn": "--config-name", "-cd": "--config-dir"}
 FOLDERS = ("--config-path", "--config-dir")
 NAME_BYTES = 100  # of a sweep's folder; file systems take 255
 HASH_DIGITS = 8
+KEY = re.compile(r"(\+\+?|~)?[a-z_$][\w$-]*([./][\w$-]+)*(@[\w.:$-]*)?", re.ASCII | re.IGNORECASE)
 FUNCTION = re.compile(r"(choice|shuffle|sort|tag|glob)\(.*\)", re.DOTALL)  # of Hydra's grammar
 ELEMENT = re.compile(r"""'(?:\\.|[^'\\])*'(?=,|$)|"(?:\\.|[^"\\])*"(?=,|$)|[^,]+""")
 
@@ -119,22 +121,24 @@ def _option(name: str) -> str:
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
+    """Check that every word is `key=value`, not a part of one between spaces."""
     for index, override in enumerate(overrides):
-        key, equals, _ = override.partition("=")
-        before, after = overrides[max(index - 1, 0) : index], overrides[index + 1 : index + 2]
-        if override == "=" or (not key and equals):
-            typed = " ".join([*before, override, *(after if override == "=" else [])])
-            joined = "".join([*before, override, *(after if override == "=" else [])])
-            raise UserError(f"{typed}: there is a space beside =; expected {joined}")
-        if not equals and not key.startswith("~"):
-            if before and before[0].endswith("="):
-                typed, joined = f"{before[0]} {override}", f"{before[0]}{override}"
-                raise UserError(f"{typed}: there is a space beside =; expected {joined}")
-            if after and after[0].startswith("="):
-                continue  # reported with the = that follows
-            raise UserError(f"{override or repr(override)}: there is no =; expected key=value")
-        if equals and key != key.strip():
-            raise UserError(f"{override}: there is a space beside =; expected key=value")
+        key, equals, value = override.partition("=")
+        before = overrides[index - 1] if index else ""
+        after = overrides[index + 1] if index + 1 < len(overrides) else ""
+        if key.startswith("~") and not equals:
+            continue
+        words = [override]
+        if equals and not key and "=" not in before:  # a = 1, a =1
+            words = [before, override] + ([after] if not value else [])
+        elif not equals and before.endswith("="):  # a= 1
+            words = [before, override]
+        elif not equals and not after.startswith("="):
+            shown = override if override.strip() else repr(override)
+            raise UserError(f"{shown}: there is no =; expected key=value")
+        if len(words) > 1 or key != key.strip():
+            joined = "".join(word.strip() for word in words).replace(" ", "")
+            raise UserError(f"{' '.join(words)}: there is a space beside =; expected {joined}")
 
 
 def expanded(key: str, path: str) -> str:
@@ -221,10 +225,11 @@ def parsed(overrides: Sequence[str]) -> list[Override]:
 
 
 def _cause(override: str) -> str:
+    """Return why Hydra's grammar cannot read an override, and the way out."""
     key, _, value = override.partition("=")
     bare = re.sub(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", "", value)
-    if not re.fullmatch(r"(\+\+?|~)?[\w./$-]+(@[\w.:$-]*)?", key):
-        return f"{key} is no key; expected key=value, such as clients=100"
+    if not KEY.fullmatch(key):
+        return f"{key or '='} is no key; expected key=value, such as clients=100"
     for opened, closed in ("[]", "()", "{}"):
         if bare.count(opened) > bare.count(closed):
             return f"{opened} is not closed; expected {closed} at its end"
@@ -232,8 +237,9 @@ def _cause(override: str) -> str:
             return f"{closed} has no {opened} before it"
     if any(quote in bare for quote in "'\""):
         return "a quote is not closed; expected it in pairs"
-    text = value.replace("'", "").replace('"', "")
-    return f"the value is not understood; as a text it is \"{key}='{text}'\""
+    if re.search(r"^,|,,|,$", bare):
+        return "there is no value beside a comma; expected key=a,b"
+    return "the value is not understood; expected a number, a word or a list, as in key=[1,2]"
 
 
 def check_grammar(overrides: Sequence[str]) -> None:
@@ -254,7 +260,28 @@ def swept_groups(overrides: Sequence[Override], groups: Collection[str]) -> set[
     }
 
 
-def for_sweep(overrides: Sequence[str], groups: Collection[str]) -> list[str]:
+def _values(override: Override, groups: Mapping[str, Sequence[str]]) -> list[str] | None:
+    """Return the values that a key is swept over; None if it is not or they are endless.
+
+    Args:
+        override: of the key.
+        groups: the config groups and their choices.
+
+    Raises:
+        UserError: the sweep's function takes other arguments.
+    """
+    if not override.is_sweep_override() or not override.is_discrete_sweep():
+        return None
+    value = override.value()
+    if isinstance(value, Glob):
+        return list(value.filter(list(groups.get(override.key_or_group, ()))))
+    try:
+        return [str(each) for each in override.sweep_string_iterator()]
+    except (ValueError, HydraException) as error:
+        raise UserError(f"{override.input_line}: {error}; expected range(FROM,TO,STEP)") from None
+
+
+def for_sweep(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[str]:
     """Return the overrides of a sweep, so that a key one choice lacks ends that choice's runs only.
 
     `hydra.job.config.override_dirname.exclude_keys` is set to the keys that are not swept, so that
@@ -262,17 +289,18 @@ def for_sweep(overrides: Sequence[str], groups: Collection[str]) -> list[str]:
 
     Args:
         overrides: `key=value` each.
-        groups: the config groups.
+        groups: the config groups and their choices.
 
     Raises:
-        UserError: an override cannot be read, or sweeps over one value twice.
+        UserError: an override cannot be read, has no values, or sweeps over one value twice.
     """
     read = parsed(overrides)
     for each in read:
-        if each.is_choice_sweep() and "glob(" not in str(each.input_line):
-            values = [str(value) for value in each.sweep_string_iterator()]
-            if twice := [value for value in values if values.count(value) > 1]:
-                raise UserError(f"{each.input_line} sweeps over {twice[0]} twice; expected it once")
+        values = _values(each, groups)
+        if values is not None and not values:
+            raise UserError(f"{each.input_line} has no values; expected one or more")
+        if twice := [value for value in values or () if (values or []).count(value) > 1]:
+            raise UserError(f"{each.input_line} sweeps over {twice[0]} twice; expected it once")
     swept = swept_groups(read, groups)
     open_groups = set(groups) if "experiment" in swept else swept
     result = []
@@ -288,23 +316,14 @@ def for_sweep(overrides: Sequence[str], groups: Collection[str]) -> list[str]:
     return [*result, f"{exclude}=[{','.join(map(quoted, fixed))}]"]
 
 
-def number_of_runs(overrides: Sequence[str], options_of: dict[str, list[str]]) -> int:
+def number_of_runs(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> int:
     """Return how many runs a sweep has.
 
     Args:
         overrides: `key=value` each.
-        options_of: group -> its choices, for `glob(*)`.
+        groups: the config groups and their choices.
     """
-    number = 1
-    for each in parsed(overrides):
-        if not each.is_sweep_override() or not each.is_discrete_sweep():
-            continue
-        value = each.value()
-        if isinstance(value, Glob):
-            number *= len(value.filter(options_of.get(each.key_or_group, [])))
-        else:
-            number *= sum(1 for _ in each.sweep_iterator())
-    return number
+    return math.prod(len(_values(each, groups) or [""]) for each in parsed(overrides))
 
 
 def swept_values(overrides: Sequence[str], fixed: Collection[str]) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -31,6 +32,7 @@ from femfed.hints import closest, owners, suggestion
 
 MOST = 1_000_000  # of anything that is counted: beyond, it is a slip of the keyboard
 NOTHING_TYPED = CommandLine()
+GROUPS = ("dataset", "model", "strategy")  # whose choices have keys of their own
 
 
 def _key(
@@ -202,9 +204,38 @@ def for_hydra(line: CommandLine) -> list[str]:
     options = [word for option in line.options for word in option]
     overrides = command_line.paths_quoted(line.overrides, path_keys(), line.sweep)
     command_line.check_grammar(overrides)
+    check_choices(overrides, line)
     if line.sweep:
         overrides = command_line.for_sweep(overrides, groups(line))
     return [*options, *overrides]
+
+
+def check_choices(overrides: Sequence[str], line: CommandLine) -> None:
+    """Check that a group is given one name, and that a key of Hydra's own is one.
+
+    Raises:
+        UserError: it is not.
+    """
+    options = groups(line)
+    for each in command_line.parsed(overrides):
+        typed, key = str(each.input_line), each.key_or_group
+        if each.is_delete():
+            continue
+        value = each.value()
+        if key in options and each.package is None:
+            names = ", ".join(options[key])
+            if typed.startswith("+"):
+                raise UserError(f"{typed}: a choice of {key} takes no +; expected {key}=NAME")
+            if value is None or isinstance(value, bool | list | dict):
+                raise UserError(f"{typed}; expected {key}=NAME with one of: {names}")
+        kind: Any = HydraConf
+        for part in key.split(".")[1:] if key.startswith("hydra.") else ():
+            if not dataclasses.is_dataclass(kind):
+                break
+            kinds = {entry.name: entry.type for entry in dataclasses.fields(kind)}
+            if part not in kinds:
+                raise UserError(f"unknown key {key}; {part} is no key of Hydra's")
+            kind = kinds[part]
 
 
 def runs_of(line: CommandLine) -> int:
@@ -267,6 +298,7 @@ def compose(line: CommandLine | Sequence[str]) -> DictConfig:
         line = CommandLine(overrides=tuple(line))
     quoted = command_line.paths_quoted(line.overrides, path_keys(), sweep=False)
     command_line.check_grammar(quoted)
+    check_choices(quoted, line)
     try:
         cfg = _compose(quoted, line)
     except (HydraException, OmegaConfBaseException) as error:
@@ -370,6 +402,9 @@ def check(cfg: DictConfig) -> None:
         UserError: a value is out of range, naming the key, the value and the range.
     """
     _check(Config, cfg, "", cfg)
+    for group in GROUPS:
+        if OmegaConf.is_missing(cfg, group) or not isinstance(cfg[group], DictConfig):
+            raise UserError(f"{group} has no value; expected {group}=NAME, as in conf/{group}")
     for key, choices in CHOICES.items():
         if (value := OmegaConf.select(cfg, key)) not in choices:
             raise UserError(f"{key}={value}; expected {' or '.join(choices)}")
@@ -382,10 +417,14 @@ def check(cfg: DictConfig) -> None:
 
 def _check(schema: type, node: DictConfig, prefix: str, cfg: DictConfig) -> None:
     names = {entry.name for entry in dataclasses.fields(schema)}
+    if lacking := sorted(names - set(map(str, node))):
+        raise UserError(f"{prefix}{lacking[0]} has no value; expected {prefix}{lacking[0]}=VALUE")
     if surplus := sorted(set(map(str, node)) - names):
         raise UserError(unknown(f"{prefix}{surplus[0]}", cfg))
     for entry in dataclasses.fields(schema):
         name = f"{prefix}{entry.name}"
+        if entry.name in GROUPS:
+            continue
         value = node[entry.name]
         if isinstance(entry.type, type) and dataclasses.is_dataclass(entry.type):
             _check(entry.type, value, f"{name}.", cfg)
@@ -493,11 +532,12 @@ def explain(error: Exception, line: CommandLine = NOTHING_TYPED) -> str:
         kind, key = in_file.groups()
         if kind in ("ConfigKeyError", "ConfigAttributeError"):
             return unknown(key, _context(line))
-    if missing := re.search(r"Could not find '([^'\n]+)/([^/'\n]*)'", text):
-        return _no_choice(missing[1], missing[2], line)
+    if missing := re.search(r"Could not find '(hydra/[^/']+|[^/']+)/([^']*)'", text):
+        offered = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+        return _no_choice(missing[1], missing[2], groups(line).get(missing[1], offered))
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return unknown(key, _context(line))
-    if isinstance(cause, ValidationError):
+    if isinstance(cause, OmegaConfBaseException) and key:
         return f"{key}: {str(cause).splitlines()[0]}"
     if "does not support sweep type" in text:
         return "this sweeper cannot sweep over an interval; expected key=a,b or key=range(0,5)"
@@ -506,13 +546,10 @@ def explain(error: Exception, line: CommandLine = NOTHING_TYPED) -> str:
     return " ".join(line.strip() for line in text.splitlines() if "https:" not in line)
 
 
-def _no_choice(group: str, name: str, line: CommandLine) -> str:
+def _no_choice(group: str, name: str, options: Sequence[str]) -> str:
     """Return the line that says that a group has no such choice, and which there are."""
     if package := PLUGINS.get(group, {}).get(name):
         return f"{group}={name} is not installed; pip install {package}"
-    options = groups(line).get(group)
-    if not options:
-        return f"{group}={name} is not there; python simulate.py --info defaults lists the groups"
     hint = f"; did you mean {group}={close}?" if (close := closest(name, options)) else ""
     return f"{group}={name} is not there; expected one of: {', '.join(options)}{hint}"
 
@@ -523,7 +560,7 @@ def _context(line: CommandLine) -> DictConfig:
     for tried in (choices, []):
         try:
             return _compose(tried, line)
-        except (HydraException, OmegaConfBaseException):
+        except (HydraException, OmegaConfBaseException, ValueError):  # a ValueError within a job
             continue
     return OmegaConf.create()
 
@@ -539,7 +576,7 @@ def unknown(key: str, cfg: DictConfig) -> str:
     known = set(_keys(Config, ""))
     elsewhere: dict[str, list[str]] = {}
     chosen = ""
-    for group in ("dataset", "model", "strategy"):
+    for group in GROUPS:
         node = cfg.get(group)
         if not isinstance(node, DictConfig):
             continue
@@ -554,7 +591,8 @@ def unknown(key: str, cfg: DictConfig) -> str:
         if key.startswith(f"{group}."):
             chosen = f"{group}={alike[0]}" if len(alike) == 1 else f"this {group}"
     known.add("experiment")
-    elsewhere = {key: choices for key, choices in elsewhere.items() if key not in known}
+    known = {name for name in known if not name.endswith("_target_")} - {key}
+    elsewhere = {name: choices for name, choices in elsewhere.items() if name not in known}
     if key in elsewhere:
         return f"{chosen} has no {last}; {owners(key, elsewhere[key])}"
     if parent.count(".") == 1 and isinstance(OmegaConf.select(cfg, parent), DictConfig):

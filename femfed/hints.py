@@ -53,6 +53,10 @@ def suggestion(key: str, known: Collection[str], elsewhere: Mapping[str, Collect
         known: the keys that this command line accepts.
         elsewhere: other keys -> the choices of their group that have them.
     """
+    if key.replace("/", ".") in known:
+        return f"did you mean {key.replace('/', '.')}?"
+    if "/" in key:
+        return ""
     group, _, last = key.rpartition(".")
     for word in spellings_of(key):
         target = words().get(word, "")
