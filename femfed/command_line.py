@@ -129,7 +129,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
         if key.startswith("~") and not equals:
             continue
         words = [override]
-        if equals and not key and "=" not in before:  # a = 1, a =1
+        if equals and not key and before and "=" not in before:  # a = 1, a =1
             words = [before, override] + ([after] if not value else [])
         elif not equals and before.endswith("="):  # a= 1
             words = [before, override]
