@@ -215,6 +215,8 @@ def parsed(overrides: Sequence[str]) -> list[Override]:
     """
     parser, result = OverridesParser.create(), []
     for override in overrides:
+        if not KEY.fullmatch(override.partition("=")[0]):
+            raise UserError(f"{override}: {_cause(override)}")
         try:
             result.append(parser.parse_override(override))
         except Exception:  # Hydra's and ANTLR's, of many kinds
