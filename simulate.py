@@ -217,8 +217,10 @@ def engine_of(
         on_status: told what is started.
         until: ends the engine.
     """
+    from femfed.engine.footprint import available_cpus
+
     by_value = cfg.engine.wire == "value"
-    workers = cfg.engine.workers or len(os.sched_getaffinity(0))
+    workers = cfg.engine.workers or available_cpus()
     settings = (cfg.engine.kind, workers, by_value, model.parameters)
     if settings in kept:
         return kept[settings], lambda: None

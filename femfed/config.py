@@ -85,7 +85,9 @@ class EngineConfig:
     """Where clients run."""
 
     kind: str = _key("ray (Flower's Ray-backed engine) or inline (this process)")
-    workers: int | None = _key("worker processes, one thread each; null is one per core", 1)
+    workers: int | None = _key(
+        "worker processes, one thread each; null is one per core, fewer under a quota", 1
+    )
     bundle: int | None = _key("clients a message; null lets the workers take turns", 1)
     wire: str = _key("reference (shared files) or value (inside the Flower messages)")
 

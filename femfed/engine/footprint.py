@@ -1,24 +1,79 @@
-"""How much memory there is, and how much of it processes take."""
+"""How much memory and how many processors there are, and how much memory processes take.
+
+Limits are those of this process's control group and of those above it, as Slurm, systemd, Docker
+and Kubernetes set them, in either version of Linux's control groups.
+"""
 
 import contextlib
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 _GROUP = Path("/sys/fs/cgroup")
+_OWN = Path("/proc/self/cgroup")
 
 
-def available_memory() -> int:
-    """Return the bytes that this machine, or the group of processes this is in, has to give."""
+def available_memory(groups: Path | None = None, own: Path | None = None) -> int:
+    """Return the bytes that this machine, or a group that this process is in, has to give.
+
+    Args:
+        groups: where control groups are mounted.
+        own: file that names the groups of this process.
+    """
     available = 1024 * _number("MemAvailable:", Path("/proc/meminfo"))
-    for folder, limit, used in (
-        (_GROUP, "memory.max", "memory.current"),
-        (_GROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            left = int((folder / limit).read_text()) - int((folder / used).read_text())
-            left += _number("inactive_file", folder / "memory.stat")  # files' pages: given back
-            available = min(available, left)
+    for folder in _groups("memory", groups or _GROUP, own or _OWN):
+        for limit, used in (
+            ("memory.max", "memory.current"),
+            ("memory.high", "memory.current"),  # beyond, the system slows the group down
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                left += _pages_of_files(folder / "memory.stat")  # given back before anything else
+                available = min(available, max(0, left))
     return available
+
+
+def available_cpus(groups: Path | None = None, own: Path | None = None) -> int:
+    """Return how many processors this process may keep busy: by affinity and quota, at least 1.
+
+    Args:
+        groups: where control groups are mounted.
+        own: file that names the groups of this process.
+    """
+    available = float(len(os.sched_getaffinity(0)))
+    for folder in _groups("cpu", groups or _GROUP, own or _OWN):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            quota, period = map(int, (folder / "cpu.max").read_text().split())
+            available = min(available, quota / period)
+        with contextlib.suppress(OSError, ValueError):
+            quota = int((folder / "cpu.cfs_quota_us").read_text())
+            if quota > 0:  # -1 is no quota
+                period = int((folder / "cpu.cfs_period_us").read_text())
+                available = min(available, quota / period)
+    return max(1, int(available))
+
+
+def _groups(controller: str, mounted: Path, own: Path) -> Iterator[Path]:
+    """Yield the folders of this process's groups that may limit it, and of those above them.
+
+    The roots are always among them: in a container, they are its own group, whatever `own` says.
+    """
+    lines = own.read_text().splitlines() if own.exists() else []
+    paths = {mounted: "/", mounted / "unified": "/", mounted / controller: "/"}
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2, alone or beside version 1
+            paths[mounted] = paths[mounted / "unified"] = path
+        elif controller in controllers.split(","):
+            paths[mounted / controller] = paths[mounted / controllers] = path
+    for root, path in paths.items():
+        folder = root / path.strip("/")
+        if ".." not in folder.parts:  # else the group is outside of what is mounted here
+            yield from (parent for parent in folder.parents if root in parent.parents)
+            yield folder
+        yield root
 
 
 def peak_memory(process: int | str = "self") -> int:
@@ -38,6 +93,14 @@ def forget_peak() -> None:
     """
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def _pages_of_files(stat: Path) -> int:
+    """Return the bytes of files' pages that a group and those below it have not used lately."""
+    for name in ("total_inactive_file", "inactive_file"):  # version 1; version 2
+        with contextlib.suppress(OSError, ValueError):
+            return _number(name, stat)
+    return 0
 
 
 def _number(name: str, path: Path) -> int:
