@@ -73,6 +73,7 @@ SETTINGS = {  # of Ray, for this Ray only
     "raylet_client_connect_timeout_milliseconds": 50,
     "raylet_client_num_connect_attempts": 200,
 }
+SHARED_MEMORY = "/dev/shm"
 OBJECT_STORE = 128 * 2**20  # bytes; enough for messages that hold names and numbers
 
 
@@ -265,6 +266,10 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
         flower = logging.getLogger("flwr")
         level = flower.level
         flower.setLevel(logging.CRITICAL + 1)
+        object_store_folder = None  # Ray's own choice
+        if not os.access(SHARED_MEMORY, os.W_OK):  # absent or read-only: Ray would not start
+            object_store_folder = str(owned.path)
+            object_store = object_store or available_memory() // 4
         try:
             try:
                 with _quick_start():
@@ -277,6 +282,7 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
                         configure_logging=False,
                         logging_level=logging.CRITICAL,
                         object_store_memory=object_store,
+                        _plasma_directory=object_store_folder,
                         # Ray gives all users all rights in its folder. This one lies in a folder
                         # that only its owner may enter.
                         _temp_dir=str(owned.path / INSIDE),

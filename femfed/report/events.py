@@ -3,10 +3,13 @@
 import math
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
 
 from femfed.report.files import Row
 
@@ -26,11 +29,13 @@ class Events:
         # TensorBoard reads all files of a folder. A resumed run writes its first part again, from
         # `rounds`, so that no point is there twice.
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        self._writer = SummaryWriter(
-            str(folder / "tensorboard"), flush_secs=5, filename_suffix=f".{os.getpid()}"
-        )
+        (folder / "tensorboard").mkdir()
+        # `SummaryWriter` would put a queue of another process's kind before this: it needs a
+        # semaphore in /dev/shm, and its thread stops without a word where the disk is full.
+        self._writer = EventsWriter(str(folder / "tensorboard" / "events"), f".{os.getpid()}")
         for row in rounds:
-            self.append_round(row)
+            self._add(row)
+        self._writer.flush()
 
     def __enter__(self) -> "Events":
         return self
@@ -40,14 +45,19 @@ class Events:
 
     def append_round(self, row: Row) -> None:
         """Add the numbers of one round; what was not evaluated or is not finite has no point."""
-        number = row["round"]
+        self._add(row)
+        self._writer.flush()
+
+    def _add(self, row: Row) -> None:
         for column, value in row.items():
             if column == "round" or not isinstance(value, int | float) or not math.isfinite(value):
                 continue  # a NaN would make tensorboardX log a warning at every round
-            self._writer.add_scalar(_tag(column), value, number)
+            summary = scalar(_tag(column), value)
+            event = Event(wall_time=time.time(), step=row["round"], summary=summary)
+            self._writer.write_event(event)
 
     def close(self) -> None:
-        """Write what is still queued."""
+        """Close the file."""
         self._writer.close()
 
 
