@@ -539,6 +539,9 @@ def explain(error: Exception, line: CommandLine = NOTHING_TYPED) -> str:
         return _no_choice(missing[1], missing[2], groups(line).get(missing[1], offered))
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return unknown(key, _context(line))
+    if key in ("hydra.run.dir", "hydra.sweep.dir") and (refused := _os_error(cause)):
+        place = Path(refused.filename or "outputs").absolute()
+        return f"{place}: {refused.strerror}; give another folder, {key}=DIR"
     if isinstance(cause, OmegaConfBaseException) and key:
         return f"{key}: {str(cause).splitlines()[0]}"
     if "does not support sweep type" in text:
@@ -546,6 +549,13 @@ def explain(error: Exception, line: CommandLine = NOTHING_TYPED) -> str:
     if text.startswith("Ambiguous value"):
         return f"{text.splitlines()[0]}; to sweep over it, add -m"
     return " ".join(line.strip() for line in text.splitlines() if "https:" not in line)
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """Return the refusal of the system that an error of OmegaConf's came of, if one did."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _no_choice(group: str, name: str, options: Sequence[str]) -> str:

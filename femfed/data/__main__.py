@@ -36,6 +36,9 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}; give another folder, cache=DIR", file=sys.stderr)
+        return 2
     published = int((store.train_examples[members] >= 0).sum())
     lines = [
         *table(dataset.variant, overview(store, members)),
@@ -50,11 +53,16 @@ def main(arguments: list[str]) -> int:
         *(("note", remark) for remark in remarks),
     ]
     path = Path("outputs") / f"{dataset.name.split()[0]}_{dataset.partition}.png"
-    path.parent.mkdir(exist_ok=True)
     shown = members[np.linspace(0, len(members) - 1, min(SHOWN, len(members))).astype(int)]
     names = [store.names[index] for index in shown]
     title = f"{dataset.variant}, partition {dataset.partition}: {len(shown)} of {len(members)}"
-    draw_sheet(path, title, names, sheet(store, shown))
+    try:
+        path.parent.mkdir(exist_ok=True)
+        draw_sheet(path, title, names, sheet(store, shown))
+    except OSError as error:
+        place = path.parent.absolute()
+        print(f"error: {place}: {error.strerror}; work in a folder of yours", file=sys.stderr)
+        return 2
     for name, value in [*lines, ("contact sheet", str(path))]:
         print(f"{name:18}{value}")
     return 0
