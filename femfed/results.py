@@ -138,7 +138,6 @@ class Results:
     ) -> None:
         """Write what is known at the end only."""
         assert self._last is not None
-        self._events.close()
         final = row(self._last)
         self._files.write_writers(writer_rows(self._last, self._federation, self._store))
         plot_curves(self._folder, title)

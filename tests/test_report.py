@@ -140,9 +140,9 @@ def test_whole_files_are_replaced_or_left(tmp_path: Path) -> None:
 
 
 def test_events_hold_every_number_under_its_tag(tmp_path: Path) -> None:
-    with Events(tmp_path) as events:
-        events.append_round(a_round(1, unseen_loss=None, test_loss=math.nan))
-        events.append_round(a_round(2, unseen_accuracy=None, test_loss=math.nan))
+    events = Events(tmp_path)
+    events.append_round(a_round(1, unseen_loss=None, test_loss=math.nan))
+    events.append_round(a_round(2, unseen_accuracy=None, test_loss=math.nan))
 
     (path,) = (tmp_path / "tensorboard").iterdir()
     content = path.read_bytes()

@@ -3,22 +3,27 @@
 import math
 import os
 import shutil
+import socket
+import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
 
 from femfed.report.files import Row
 
 
 class Events:
-    """Writes every number of a round into `folder/tensorboard`; a context manager.
+    """Writes every number of a round into `folder/tensorboard`.
 
     Tags group what belongs in one chart: `accuracy/test`, `accuracy/p10`, `loss/unseen`,
     `seconds/train`, `bytes/up`, `cohort/clients`.
+
+    tensorboardX's `SummaryWriter` hands events to a thread through a queue between processes: it
+    needs /dev/shm, and stops without a word where the disk is full. So only its formats are used.
 
     Args:
         folder: of the run.
@@ -30,35 +35,33 @@ class Events:
         # `rounds`, so that no point is there twice.
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         (folder / "tensorboard").mkdir()
-        # `SummaryWriter` would put a queue of another process's kind before this: it needs a
-        # semaphore in /dev/shm, and its thread stops without a word where the disk is full.
-        self._writer = EventsWriter(str(folder / "tensorboard" / "events"), f".{os.getpid()}")
-        for row in rounds:
-            self._add(row)
-        self._writer.flush()
-
-    def __enter__(self) -> "Events":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._path = folder / "tensorboard" / name
+        version = Event(wall_time=time.time(), file_version="brain.Event:2")
+        self._append([version, *(event for row in rounds for event in _events(row))])
 
     def append_round(self, row: Row) -> None:
         """Add the numbers of one round; what was not evaluated or is not finite has no point."""
-        self._add(row)
-        self._writer.flush()
+        self._append(_events(row))
 
-    def _add(self, row: Row) -> None:
-        for column, value in row.items():
-            if column == "round" or not isinstance(value, int | float) or not math.isfinite(value):
-                continue  # a NaN would make tensorboardX log a warning at every round
-            summary = scalar(_tag(column), value)
-            event = Event(wall_time=time.time(), step=row["round"], summary=summary)
-            self._writer.write_event(event)
+    def _append(self, events: Iterable[Event]) -> None:
+        """Append events as records: length, data, and the checksum of each."""
+        records = b""
+        for event in events:
+            data = event.SerializeToString()
+            length = struct.pack("<Q", len(data))
+            sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+            records += length + sums[0] + data + sums[1]
+        with self._path.open("ab") as file:
+            file.write(records)
 
-    def close(self) -> None:
-        """Close the file."""
-        self._writer.close()
+
+def _events(row: Row) -> Iterator[Event]:
+    for column, value in row.items():
+        if column == "round" or not isinstance(value, int | float) or not math.isfinite(value):
+            continue  # a NaN would make tensorboardX log a warning at every round
+        summary = scalar(_tag(column), value)
+        yield Event(wall_time=time.time(), step=row["round"], summary=summary)
 
 
 def _tag(column: str) -> str:
