@@ -1,7 +1,7 @@
 """What the benchmarks share: writers of equal size, a job over them, and the floor beside it."""
 
 import multiprocessing
-import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from femfed import UserError
 from femfed.data.store import Handwriting, WriterStore, stored
 from femfed.engine.apps import Job, Run
 from femfed.engine.federation import Federation
+from femfed.engine.footprint import available_cpus
 from femfed.engine.rounds import Round, Schedule
 from femfed.local import Local
-from femfed.models import CNN, Model, PooledCNN
+from femfed.models import CNN, CPU, Model, PooledCNN, check_precision
 from femfed.strategies.base import Strategy
 from femfed.strategies.fedavg import FedAvg
 
@@ -28,7 +30,21 @@ MODELS: dict[str, Model] = {
 LOCAL = Local(epochs=1, batch_size=20, learning_rate=0.01, momentum=0.0, weight_decay=0.0)
 EXAMPLES = 180  # images a client: nine batches of twenty
 REMEMBERED = 30  # memories that the floor keeps; those of hundreds would push out files' pages
-CORES = len(os.sched_getaffinity(0))
+CORES = available_cpus()
+
+
+def available_precisions(cpu: Path = CPU) -> list[str]:
+    """Return the precisions that a CPU has products of; say on stderr which is skipped and why.
+
+    Args:
+        cpu: file in which the kernel describes the processor.
+    """
+    try:
+        check_precision(MODELS["cnn"], "bfloat16", cpu)
+    except UserError as error:
+        print(f"bfloat16 is skipped: {error}", file=sys.stderr, flush=True)
+        return ["float32"]
+    return ["float32", "bfloat16"]
 
 
 def equal_writers(cache: Path, writers: int, examples: int = EXAMPLES) -> WriterStore:

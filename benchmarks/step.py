@@ -23,11 +23,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.bench import EXAMPLES, LOCAL, MODELS
-from femfed import UserError
+from benchmarks.bench import EXAMPLES, LOCAL, MODELS, available_precisions
 from femfed.client import LocalTraining
 from femfed.data.store import Writer
-from femfed.models import check_precision
 from femfed.strategies.fedavg import FedAvg
 
 BATCH = 512  # of the evaluation
@@ -72,22 +70,13 @@ def seconds(work: Callable[[], Any], times: int = 1) -> float:
     return min(taken)
 
 
-def available() -> list[str]:
-    """Return the precisions that this CPU has products of."""
-    try:
-        check_precision(MODELS["cnn"], "bfloat16")
-    except UserError:
-        return ["float32"]
-    return ["float32", "bfloat16"]
-
-
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--turns", type=int, default=9)
     options = parser.parse_args()
-    writer, precisions = noise(EXAMPLES, BATCH), available()
+    writer, precisions = noise(EXAMPLES, BATCH), available_precisions()
     cases = list(itertools.product(options.models, precisions))
     trainings = {
         (name, precision): LocalTraining(MODELS[name], FedAvg(), LOCAL, 0, precision)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # Keras takes seconds to import: only who builds a model wait
 
 CLASSES = 62
 IMAGE = (28, 28, 1)
+CPU = Path("/proc/cpuinfo")
 LAYERS = (  # of keras.layers: deterministic, without state but their weights, but for Dropout
     *("Activation", "AveragePooling2D", "Conv2D", "Conv2DTranspose", "Cropping2D", "Dense"),
     *("DepthwiseConv2D", "Dropout", "ELU", "Flatten", "GlobalAveragePooling2D"),
@@ -51,7 +52,7 @@ class Model(Protocol):
         """
 
 
-def check_precision(model: Model, precision: str, cpu: Path = Path("/proc/cpuinfo")) -> None:
+def check_precision(model: Model, precision: str, cpu: Path = CPU) -> None:
     """Refuse a precision that would not make a client's training any faster.
 
     Args:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from benchmarks.bench import available_precisions
 from femfed import UserError, config
 from femfed.models import CLASSES, CNN, Dense, Model, PooledCNN, check_precision
 
@@ -171,6 +172,22 @@ def test_half_precision_is_refused_where_it_gains_nothing(tmp_path: Path) -> Non
     for flag in ("avx512_bf16", "amx_bf16"):
         cpu.write_text(f"flags : fpu {flag}\n")
         check_precision(CONVOLVING[0], "bfloat16", cpu)
+
+
+def test_benchmarks_skip_a_precision_that_the_cpu_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpu = tmp_path / "cpuinfo"
+    cpu.write_text("flags : fpu avx2 avx512f\n")
+
+    assert available_precisions(cpu) == ["float32"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bfloat16 is skipped: ")
+    assert str(cpu) in line
+
+    cpu.write_text("flags : fpu avx512_bf16\n")
+    assert available_precisions(cpu) == ["float32", "bfloat16"]
+    assert capsys.readouterr().err == ""
 
 
 def test_dropout_is_for_training_only() -> None:

@@ -25,13 +25,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.bench import CORES, available_precisions
 from benchmarks.peers import protocol
 from benchmarks.peers.contestant import Contestant, FailedError
 from benchmarks.peers.environments import NotInstalledError, environment
 
 SCRIPTS = Path(__file__).parent
 ROOT = SCRIPTS.parents[1]
-CORES = len(os.sched_getaffinity(0))
 PRECISIONS = ["float32", "bfloat16"]  # of femfed; the first is compared with
 MOST_SECONDS = 240  # of the measured rounds of a pair, at least one of each
 
@@ -155,30 +155,31 @@ def main() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     parser.add_argument("--environments", type=Path, default=cache / "femfed" / "peers")
     options = parser.parse_args()
+    precisions = available_precisions()
     pythons, missing = {}, {}
     for name in options.peers:
         try:
             pythons[name] = environment(options.environments, PEERS[name].environment)
         except NotInstalledError as error:
             missing[name] = str(error)
-    columns = [f"round / ours, {precision}" for precision in PRECISIONS]
+    columns = [f"round / ours, {precision}" for precision in precisions]
     head = ["", "version", "model", "clients", "clients a second", "round s", *columns]
     head += ["start-up s", "peak MiB"]
     table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for model, clients in itertools.product(options.models, options.clients):
-        ours, theirs = {name: Result() for name in PRECISIONS}, []
+        ours, theirs = {name: Result() for name in precisions}, []
         for peer, python in pythons.items():
-            names = [*PRECISIONS, peer]
+            names = [*precisions, peer]
             lines = {name: commands(name, python, model, clients) for name in names}
             results = compete(names, lines, options.rounds, options.environments)
             failed = [f"{name} failed: {r.failure}" for name, r in results.items() if r.failure]
             if failed:
                 theirs.append(f"| {PEERS[peer].title} | {failed[0]} |")
                 continue
-            ratios = [ratio(results[peer].seconds, results[own].seconds) for own in PRECISIONS]
+            ratios = [ratio(results[peer].seconds, results[own].seconds) for own in precisions]
             theirs.append(row(PEERS[peer].title, model, clients, results[peer], ratios))
             print(theirs[-1], flush=True)
-            for own in PRECISIONS:
+            for own in precisions:
                 ours[own].versions = results[own].versions
                 ours[own].seconds += results[own].seconds
                 ours[own].startups += results[own].startups
@@ -187,7 +188,7 @@ def main() -> None:
             if result.seconds:
                 against = [
                     "1" if own == other else ratio(result.seconds, ours[other].seconds)
-                    for other in PRECISIONS
+                    for other in precisions
                 ]
                 table.append(row(f"femfed, {own}", model, clients, result, against))
         table += theirs
