@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
+
+from femfed import config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]
@@ -54,6 +57,7 @@ def test_an_experiment_begins_with_its_command_and_runs(path: Path, tmp_path: Pa
     assert first == "# @package _global_"
     assert second.startswith(f"# python simulate.py experiment={path.stem} ")
     tiny = ["clients=4", "clients_per_round=2", "rounds=1", "local.epochs=1", "dataset.writers=5"]
+    tiny += ["dataset.fraction=1", "dataset.min_images=0"]
     paths = [f"cache={tmp_path}/cache", f"hydra.run.dir={tmp_path}/run", "engine=inline"]
     done = subprocess.run(
         [sys.executable, "simulate.py", f"experiment={path.stem}", *tiny, *paths],
@@ -62,6 +66,38 @@ def test_an_experiment_begins_with_its_command_and_runs(path: Path, tmp_path: Pa
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+# What the authors' scripts set; the links stand in the files.
+PUBLISHED = {
+    "adaptive_fedavg": {
+        "clients": 3400, "clients_per_round": 10, "rounds": 1500, "local.epochs": 1,
+        "local.batch_size": 20, "local.learning_rate": 0.1, "local.momentum": 0,
+        "evaluate.unseen_fraction": 0, "dataset.fraction": 1, "model.invert": False,
+        "model.dropout": 0.25, "strategy._target_": "femfed.strategies.fedavg.FedAvg",
+    },
+    "fedjax": {
+        "clients": 3400, "clients_per_round": 10, "rounds": 1000, "local.epochs": 1,
+        "local.batch_size": 10, "local.learning_rate": 0.1, "local.momentum": 0,
+        "evaluate.unseen_fraction": 0, "dataset.fraction": 1, "model.invert": False,
+        "model.dropout": 0.25, "strategy._target_": "femfed.strategies.fedavg.FedAvg",
+    },
+    "leaf_paper": {
+        "clients_per_round": 3, "rounds": 2000, "local.epochs": 1, "local.batch_size": 10,
+        "local.learning_rate": 0.004, "local.momentum": 0, "evaluate.every": 20,
+        "evaluate.unseen_fraction": 0, "dataset.fraction": 0.05, "dataset.min_images": 100,
+        "model.invert": False, "model.units": 2048,
+        "strategy._target_": "femfed.strategies.fedavg.FedAvg",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_an_experiment_has_the_settings_of_the_authors_script(name: str) -> None:
+    cfg = config.compose([f"experiment={name}"])
+    assert {key: OmegaConf.select(cfg, key) for key in PUBLISHED[name]} == PUBLISHED[name]
+    text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
+    assert re.search(r"https://github\.com/\S+/blob/[0-9a-f]{40}/", text)
 
 
 def test_both_readmes_give_the_same_commands_and_keys() -> None:

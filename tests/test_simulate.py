@@ -302,3 +302,4 @@ def test_a_client_that_diverges_is_named_in_one_line(tmp_path: Path) -> None:
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: client ")
     assert "(writer g0000_0" in line
+    assert "the run diverged, try a smaller local.learning_rate" in line
