@@ -664,8 +664,7 @@ def _magnitude(weight: float, delta: NDArray[np.float32]) -> float:
     if not magnitude < LARGEST_SUM:
         raise DivergedError(
             f"the update times its weight of {weight:g} reaches {magnitude:.3g}; "
-            f"expected less than {LARGEST_SUM:.0f}; "
-            "the run diverged, try a smaller local.learning_rate"
+            f"expected less than {LARGEST_SUM:.0f}"
         )
     return magnitude
 

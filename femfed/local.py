@@ -56,6 +56,9 @@ class Local:
 class DivergedError(RunError):
     """A client's training left the finite numbers."""
 
+    def __str__(self) -> str:
+        return f"{super().__str__()}; the run diverged, try a smaller local.learning_rate"
+
 
 def flatten(
     weights: Sequence[NDArray[np.float32]], out: NDArray[np.float32] | None = None

@@ -574,8 +574,7 @@ class GridWorkers:
         if job.strategy.sums:
             if not sum(_outcome(reply)["largest"] for reply in replies) < LARGEST_SUM:
                 raise DivergedError(
-                    f"the cohort's updates times their weights add up beyond {LARGEST_SUM:.0f}; "
-                    "the run diverged, try a smaller local.learning_rate"
+                    f"the cohort's updates times their weights add up beyond {LARGEST_SUM:.0f}"
                 )
             means = self._outbox.means(replies, weight_sum)
             delta, extra = (*(unflatten(mean, self._shapes) for mean in means), [])[:2]

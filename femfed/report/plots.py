@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -201,6 +202,13 @@ class _Lines:
             )  # fmt: skip
 
 
+def drawable(text: str) -> str:
+    """Return a text with escapes for the characters that the font of figures lacks."""
+    font = get_font(findfont(FontProperties()))
+    lacks = {char for char in text if char != "\n" and not font.get_char_index(ord(char))}
+    return "".join(char if char not in lacks else ascii(char)[1:-1] for char in text)
+
+
 def _dots(width: float) -> dict[str, Any]:
     return {"marker": "o", "markersize": 1 + 1.5 * width, "clip_on": False}
 
@@ -226,7 +234,8 @@ def _figure(title: str, share_y: bool) -> tuple[Figure, tuple[Axes, Axes]]:
     figure = Figure(figsize=SIZE, dpi=DOTS, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=share_y)
-    figure.suptitle(textwrap.fill(title, 100), x=0.01, ha="left", fontsize=9, fontweight="bold")
+    lines = textwrap.fill(drawable(title), 100)
+    figure.suptitle(lines, x=0.01, ha="left", fontsize=9, fontweight="bold")
     return figure, (left, right)
 
 
