@@ -303,10 +303,11 @@ def compose(line: CommandLine | Sequence[str]) -> DictConfig:
     check_choices(quoted, line)
     try:
         cfg = _compose(quoted, line)
+        make_paths_absolute(cfg, Path.cwd())
+        check(cfg)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, line)) from None
-    make_paths_absolute(cfg, Path.cwd())
-    check(cfg)
+        said = explain(error, line).replace("to sweep over it, add -m", "expected one value")
+        raise UserError(said) from None
     return cfg
 
 

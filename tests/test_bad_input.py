@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import simulate
+from femfed.data.__main__ import main as describe
 
 SHARD = {
     "users": ["f0001_00", "f0002_01"],
@@ -255,6 +256,27 @@ def test_a_path_may_be_quoted_for_hydra_and_begin_with_the_home(tmp_path, monkey
     for typed in ("~/leaf", "'~/leaf'", '"~/leaf"'):
         line = refused(tmp_path, monkeypatch, "dataset=leaf", f"dataset.path={typed}")
         assert "dataset.path=/nowhere/of/mine/leaf does not exist" in line
+
+
+DESCRIBED = {  # by python -m femfed.data
+    "-m seed=0": "-m: one dataset is described",
+    "--foo": "unknown option --foo",
+    "--config-dir /nowhere": "--config-dir=/nowhere is no folder",
+    "seed=0,1": "expected one value",
+    "dataset.classes=[a,b": "[ is not closed",
+    "strategy.proximal_mu=1": "strategy=fedavg has no proximal_mu",
+    "dataset=leaf dataset.path=/data/run=3": "dataset.path=/data/run=3 does not exist",
+    "evaluate.unseen_fraction=${nope}": "evaluate.unseen_fraction",
+    "~clients": "clients has no value",
+}
+
+
+@pytest.mark.parametrize("command", DESCRIBED)
+def test_a_dataset_that_cannot_be_described(command, tmp_path, capsys) -> None:
+    assert describe([*command.split(), f"cache={tmp_path}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert DESCRIBED[command] in line
 
 
 def test_a_users_config_dir_may_stand_anywhere_and_is_checked(tmp_path, monkeypatch) -> None:
