@@ -124,7 +124,7 @@ def run_one(
     """
     from femfed.engine.federation import open_federation
     from femfed.engine.rounds import NOTHING_FINISHED, Schedule
-    from femfed.models import check_model, check_precision
+    from femfed.models import check_model, check_precision, check_weights
     from femfed.report.progress import Progress
     from femfed.results import Results
 
@@ -159,6 +159,8 @@ def run_one(
         results = Results(folder, store, federation, progress, cfg.checkpoint.every, started)
         engine, start = engine_of(cfg, model, progress.status, engines if place.number else own)
         begun = results.rewind(cfg.rounds)
+        if begun is not None:
+            check_weights(model, begun.weights)
         accepted()
         if cfg.resume is not None:
             progress.message(f"goes on from round {begun.round if begun else 0}")

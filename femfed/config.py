@@ -485,11 +485,13 @@ def make(node: DictConfig, group: str) -> Any:
 
 
 def _is_of(made: type, group: str) -> bool:
-    """Whether a class is of a group: it has the base, or the module, of a published one."""
+    """Whether a class is of a group: it has the base of a published one, or what a model has."""
     targets = {str(OmegaConf.load(path)._target_) for path in (CONF / group).glob("*.yaml")}
     own = f"{made.__module__}.{made.__name__}"
     if own in targets:
         return True
+    if group == "model":  # a model has no base: it is whatever can be built
+        return all(hasattr(made, name) for name in ("build", "parameters"))
     module, _, name = min(targets).rpartition(".")
     base = getattr(importlib.import_module(module), name).__mro__
     roots = [each for each in base[1:] if each.__module__.startswith("femfed.")]

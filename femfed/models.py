@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from femfed import UserError, printable
 from femfed.seeds import generator
 
@@ -105,6 +108,23 @@ def check_model(model: Model, seed: int, precision: str) -> None:
     import keras
 
     keras.utils.clear_session(free_memory=False)  # a layer that is built later keeps its name
+
+
+def check_weights(model: Model, weights: Sequence[NDArray[np.float32]]) -> None:
+    """Refuse to go on with a model that another number of weights belongs to.
+
+    Args:
+        model: what is to be trained.
+        weights: of the checkpoint.
+
+    Raises:
+        UserError: both numbers.
+    """
+    if (saved := sum(array.size for array in weights)) != model.parameters:
+        raise UserError(
+            f"model {type(model).__name__} has {model.parameters} weights, but the run to resume "
+            f"has {saved}; accepted: the model that the run began with"
+        )
 
 
 def build_checked(model: Model, seed: int, precision: str = "float32") -> "keras.Sequential":

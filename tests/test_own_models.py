@@ -275,7 +275,9 @@ def test_a_wrong_number_of_parameters_is_refused() -> None:
 class Noisy:
     noise: float
 
-    parameters = 3100
+    @property
+    def parameters(self) -> int:
+        return self.build(0).count_params()
 
     def build(self, seed: int, precision: str = "float32") -> keras.Sequential:
         noise = [layers.GaussianNoise(self.noise, name="shake")] if self.noise else []
@@ -315,3 +317,11 @@ def test_a_model_of_the_users_own_runs(
 
     assert (code, err) == (0, "")
     assert keras.models.load_model(tmp_path / "run" / "model.keras").count_params() == 3100
+
+    changed = Own(lambda: [layers.Flatten(), logits(use_bias=False)])
+    monkeypatch.setattr(Noisy, "build", lambda _, seed, *precision: changed.build(seed))
+    code, _, err = typed(monkeypatch, f"resume={tmp_path}/run", "rounds=2")
+
+    assert code == 2
+    assert "model Noisy has 48608 weights, but the run to resume has 3100" in err
+    assert len(err.splitlines()) == 1
