@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,21 @@ def test_a_run_starts_as_many_workers_as_its_quota_has_and_its_memory_holds(
         assert (
             "of which 2.5 GiB are available; expected at most 2 workers: engine.workers=2" in line
         )
+
+
+@pytest.mark.parametrize("engine", ["inline", "ray"])
+def test_too_few_addresses_are_refused(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (GIB, GIB))
+    folders = [f"hydra.run.dir={tmp_path}/run", f"cache={tmp_path}/cache"]
+
+    overrides = (*TINY[:-1], f"engine={engine}", "engine.workers=1")
+    code, _, line = typed(monkeypatch, *overrides, *folders)
+
+    assert code == 2
+    assert "1.0 GiB of addresses (ulimit -v); accepted: at least" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_counts_what_it_took_and_not_what_came_before(

@@ -7,8 +7,11 @@ and Kubernetes set them, in either version of Linux's control groups.
 import contextlib
 import os
 import re
+import resource
 from collections.abc import Iterator
 from pathlib import Path
+
+from femfed import UserError
 
 _GROUP = Path("/sys/fs/cgroup")
 _OWN = Path("/proc/self/cgroup")
@@ -74,6 +77,24 @@ def _groups(controller: str, mounted: Path, own: Path) -> Iterator[Path]:
             yield from (parent for parent in folder.parents if root in parent.parents)
             yield folder
         yield root
+
+
+def check_address_space(needed: int) -> None:
+    """Refuse a limit of addresses in which libraries cannot be loaded, as some clusters set it.
+
+    Args:
+        needed: bytes of the largest process, most of which it never touches.
+
+    Raises:
+        UserError: the limit, and what is needed.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit not in (resource.RLIM_INFINITY, -1) and limit < needed:
+        raise UserError(
+            f"a process may have {limit / 2**30:.1f} GiB of addresses (ulimit -v); accepted: at "
+            f"least {needed / 2**30:.1f} GiB; raise the limit (ulimit -v unlimited, or h_vmem or "
+            "its like of a cluster)"
+        )
 
 
 def peak_memory(process: int | str = "self") -> int:

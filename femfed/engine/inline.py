@@ -12,6 +12,9 @@ from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
 from femfed.engine.apps import Run, client_app, server_app, travelling
+from femfed.engine.footprint import check_address_space
+
+ADDRESS_BYTES = 3 * 2**29  # TensorFlow's libraries
 
 
 class InlineGrid(Grid):
@@ -84,9 +87,16 @@ class InlineGrid(Grid):
 
 
 class InlineEngine:
-    """Runs everything in this process; a context manager like the engines that have workers."""
+    """Runs everything in this process; a context manager like the engines that have workers.
+
+    Raises:
+        UserError: this process may not have enough addresses.
+    """
 
     workers = 1
+
+    def __init__(self) -> None:
+        check_address_space(ADDRESS_BYTES)
 
     def __enter__(self) -> "InlineEngine":
         return self

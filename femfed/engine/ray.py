@@ -32,7 +32,7 @@ from femfed import (
     stop,
 )
 from femfed.engine.folders import OwnedFolder
-from femfed.engine.footprint import available_memory
+from femfed.engine.footprint import available_memory, check_address_space
 
 if TYPE_CHECKING:
     from femfed.engine.apps import Run
@@ -41,6 +41,7 @@ drop_settings(("RAY_",))  # a user's, made for another Ray
 
 RESTARTS = 3  # of the engine in a row without a finished round in between
 WORKER_MEMORY = 700 * 2**20  # bytes of a worker without a model: TensorFlow, Flower, Ray
+ADDRESS_BYTES = 7 * 2**29  # of a process: libraries, Ray's object store
 PARAMETER_MEMORY = 48  # bytes a weight: weights, global weights, gradients, sums, activations
 PREFIX = "femfed-ray-"  # of the folder in which Ray's lies
 INSIDE = "r"  # Ray's folder; short, because the paths of sockets in it may have 107 bytes
@@ -94,6 +95,7 @@ class RayEngine:
 
     def __init__(self, workers: int, by_value: bool, parameters: int) -> None:
         _check_memory(workers, parameters)
+        check_address_space(ADDRESS_BYTES)
         keep_freed_memory()
         self.workers = workers
         self._object_store = None if by_value else OBJECT_STORE
