@@ -74,8 +74,9 @@ def simulate(cfg: DictConfig) -> None:
             if OmegaConf.select(cfg, "resume") is not None:
                 cfg, choices = config.resumed(cfg, choices, hydra_config.overrides.task, folder)
             elif (folder / "rounds.csv").exists():
+                key = "hydra.sweep.dir" if place.number else "hydra.run.dir"
                 raise UserError(
-                    f"{folder} holds a run already; expected another hydra.run.dir, or "
+                    f"{folder} holds a run already; expected another {key}, or "
                     f"resume={folder} to go on with it"
                 )
             else:
@@ -301,7 +302,8 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         exit_codes.append(fail(config.explain(error, line), 2))
     except OSError as error:  # of Hydra's, before there is a run
-        exit_codes.append(fail(f"{error}; give another hydra.run.dir", 2))
+        key = "hydra.sweep.dir" if line.sweep else "hydra.run.dir"
+        exit_codes.append(fail(f"{error}; give another {key}", 2))
     except Stopped as stopped:
         fail("stopped", 0)
         leave(stopped)

@@ -310,8 +310,8 @@ def for_sweep(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> 
         below = each.key_or_group.split(".")[0] in open_groups and "." in each.key_or_group
         plain = not override.startswith(("+", "~"))
         result.append(f"++{override}" if below and plain else override)
-    own = [each for each in read if not each.is_hydra_override()]
-    fixed = sorted({each.key_or_group for each in own if not each.is_sweep_override()})
+    own = {each.key_or_group: each for each in read if not each.is_hydra_override()}
+    fixed = sorted(key for key, each in own.items() if not each.is_sweep_override())
     exclude = "hydra.job.config.override_dirname.exclude_keys"
     if any(each.key_or_group == exclude for each in read):
         return result
@@ -325,7 +325,8 @@ def number_of_runs(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]
         overrides: `key=value` each.
         groups: the config groups and their choices.
     """
-    return math.prod(len(_values(each, groups) or [""]) for each in parsed(overrides))
+    last = {each.key_or_group: each for each in parsed(overrides)}  # of a key given twice
+    return math.prod(len(_values(each, groups) or [""]) for each in last.values())
 
 
 def swept_values(overrides: Sequence[str], fixed: Collection[str]) -> list[tuple[str, str]]:

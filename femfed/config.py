@@ -551,7 +551,8 @@ def explain(error: Exception, line: CommandLine = NOTHING_TYPED) -> str:
         return "this sweeper cannot sweep over an interval; expected key=a,b or key=range(0,5)"
     if text.startswith("Ambiguous value"):
         return f"{text.splitlines()[0]}; to sweep over it, add -m"
-    return " ".join(line.strip() for line in text.splitlines() if "https:" not in line)
+    said = " ".join(part.strip() for part in text.splitlines() if "https:" not in part)
+    return said or f"Hydra cannot read this command line ({type(error).__name__})"
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

@@ -124,6 +124,8 @@ COMMANDS = {
     "-m seed=range(0,0)": ["seed=range(0,0) has no values"],
     "-m seed=range(0,1,0)": ["seed=range(0,1,0): range() arg 3"],
     "-m strategy=glob(nope*)": ["has no values"],
+    "-m seed=0,1 hydra.sweep.dir=/dev/null/x": ["/dev/null/x", "give another hydra.sweep.dir"],
+    "-m hydra.sweeper.max_batch_size=0 seed=1,2": ["AssertionError"],
     "-m seed=0,,1": ["there is no value beside a comma"],
     "seed=${nowhere}": ["nowhere"],
     "local.batch_size=1000000000000": ["local.batch_size", "at most"],

@@ -53,7 +53,7 @@ def test_only_the_runs_that_lack_a_key_fail_and_say_which_they_are(tmp_path, mon
 
 
 def test_overrides_may_stand_on_both_sides_of_the_option(tmp_path, monkeypatch) -> None:
-    code, out, err, runs = swept(monkeypatch, tmp_path, "--multirun", "seed=3,4")
+    code, out, err, runs = swept(monkeypatch, tmp_path, "seed=0", "--multirun", "seed=3,4")
     assert (code, err) == (0, "")
     assert runs == {"sweep/seed=3", "sweep/seed=4"}
     assert "seed 4 (run 2 of 2)" in out
