@@ -463,7 +463,7 @@ def make(node: DictConfig, group: str) -> Any:
             raise ImportError
     except (ImportError, AttributeError):
         raise UserError(
-            f"{group}._target_={target} is no {group} of femfed; expected one as in "
+            f"{group}._target_={target} is no {group}; expected a dataclass of femfed, as in "
             f"conf/{group}/*.yaml"
         ) from None
     schema = OmegaConf.structured(made)

@@ -200,7 +200,7 @@ def test_a_valid_config_runs_or_says_why_not(command: list[str], cache: Path) ->
     with tempfile.TemporaryDirectory() as folder:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                simulate.run_one(cfg, Path(folder), "fuzz", "fuzz", False, lambda: None)
+                simulate.run_one(cfg, Path(folder), "fuzz", "fuzz", config.Place(), lambda: None)
         except (UserError, RunError) as error:
             event(type(error).__name__)
             one_line(str(error))
