@@ -131,7 +131,8 @@ def run_one(
 
     dataset = config.make(cfg.dataset, "dataset")
     strategy = config.make(cfg.strategy, "strategy")
-    model = config.make(cfg.model, "model")
+    with noise_to(folder / "simulate.log"):  # a user's model may import Keras
+        model = config.make(cfg.model, "model")
     check_precision(model, cfg.precision)
     title = f"{dataset.name}, {strategy_name}, {model_name}, {cfg.clients} clients, seed {cfg.seed}"
     title += place.values_beside("strategy", "model", "clients", "seed")
