@@ -158,6 +158,7 @@ def run_one(
             on_status=progress.status,
             on_message=progress.message,
         )
+        about["variant"] = dataset.variant_of(store)
         results = Results(folder, store, federation, progress, cfg.checkpoint.every, started)
         engine, start = engine_of(cfg, model, progress.status, engines if place.number else own)
         begun = results.rewind(cfg.rounds)

@@ -75,7 +75,7 @@ class Results:
         for round in reversed([round for round in kept if round < rounds]):
             try:
                 found = checkpoint.load(checkpoint.path_of(folder, round))
-                ours = found.about["dataset"] == self._store.folder.name
+                ours = found.about["dataset"] in self._store.known_as
                 rows = self._files.rewind(round) if ours else []
             except (checkpoint.DamagedError, ValueError) as error:
                 self._progress.message(f"{error}; goes on from the checkpoint before")

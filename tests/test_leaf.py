@@ -259,7 +259,7 @@ BROKEN_SHARDS: dict[str, tuple[Change, list[str]]] = {
     ),
     "label is a letter": (
         in_writer(lambda w: w.update(y=[18, "a"])),
-        [WRITER, "Expected `int`, got `str` - at `$.y[1]`"],
+        [WRITER, "Expected `int | float`, got `str` - at `$.y[1]`"],
     ),
     "one label too few": (
         in_writer(lambda w: w.update(y=[18])),
@@ -384,13 +384,24 @@ def test_two_files_of_one_number_do_not_pair(split: Path, cache: Path) -> None:
     refuses(split, cache, ["all_data_0_copy.json and all_data_0_niid", "are both shard 0"])
 
 
-def test_train_and_test_in_one_folder_are_told_apart_by_no_guess(split: Path, cache: Path) -> None:
+def in_one_folder(split: Path) -> None:
     for half in ("train", "test"):
         for file in (split / half).iterdir():
             file.rename(split / file.name)
         (split / half).rmdir()
 
-    refuses(split, cache, ["writer f0000_00 stands in", "test_9.json and in", "in train/ and test"])
+
+def test_train_and_test_in_one_folder_are_told_apart_by_their_names(
+    split: Path, cache: Path
+) -> None:
+    apart = store(split, cache)
+    in_one_folder(split)
+
+    assert store(split, cache).train_examples.tolist() == apart.train_examples.tolist()
+
+    (split / "all_data_2.json").write_bytes((split / Path(TRAIN_0).name).read_bytes())
+    with pytest.raises(UserError, match=r"all_data_2\.json stands beside .* is of neither half"):
+        store(split, cache)
 
 
 @pytest.mark.parametrize("method", ["read_bytes", "iterdir"])

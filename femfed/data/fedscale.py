@@ -14,7 +14,9 @@ are scaled as FedScale's loader does (`Resize((28, 28))`, bilinear). `label_name
 """
 
 import csv
+import hashlib
 import io
+import os
 import stat
 import warnings
 from array import array
@@ -24,11 +26,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from femfed import UserError
-from femfed.data.source import Dataset, Published, fingerprint, located, unreadable
-from femfed.data.store import CLASSES, Bytes, Handwriting, OnWriter, WriterStore, stored
+from femfed.data.source import (
+    Dataset,
+    Published,
+    folder_that_fits,
+    inside,
+    located,
+    other_layout,
+    stored_files,
+    unreadable,
+)
+from femfed.data.store import CLASSES, Bytes, Handwriting, OnWriter, WriterStore
 
 HELD_OUT = ("test", "val")
 COLUMNS = ("client_id", "sample_path", "label_id")
@@ -77,14 +89,19 @@ class FedScale(Dataset):
         root = located(
             self.path, self.name, "the folder that holds FedScale's client_data_mapping/"
         )
+        try:
+            if root.is_dir():
+                root = folder_that_fits(root, _fits) or root
+        except OSError as error:
+            raise unreadable(root, error) from error
         tables = _find(root, self.held_out)
-        source = {
-            "dataset": self.name,
-            "path": str(root),
-            "held_out": self.held_out,
-            "files": fingerprint(root, tables.values()),
-        }
-        return stored(cache, source, lambda: _writers(root, tables), on_writer)
+        files = list(tables.values())
+        source = {"dataset": self.name, "held_out": self.held_out}
+        return stored_files(cache, source, root, files, lambda: _writers(root, tables), on_writer)
+
+
+def _fits(root: Path) -> bool:
+    return (root / "client_data_mapping" / "train.csv").is_file()
 
 
 @dataclass(frozen=True)
@@ -112,6 +129,7 @@ class _Header:
                     f"{self.file}: line {number}: {name} is {_short(cell)}; expected a name of "
                     f"letters and digits; {UNPACK_AGAIN}"
                 )
+        label = label.removesuffix(".0")  # some write 3.0
         if label not in LABELS:
             raise UserError(
                 f"{self.file}: line {number}, client {client:.60}: label_id is {_short(label)}; "
@@ -130,9 +148,12 @@ def _find(root: Path, held_out: str) -> dict[str, Path]:
         except (FileNotFoundError, NotADirectoryError) as error:
             if split != "train":
                 continue
+            other = inside(root, ()) if root.is_dir() else ""
+            if not root.is_dir() and (said := other_layout(root, ())):
+                other = f"; it is {said}"
             raise UserError(
                 f"{root} holds no client_data_mapping/train.csv; expected the folder that FedScale "
-                "downloads, femnist/; correct dataset.path=PATH"
+                f"downloads, femnist/; correct dataset.path=PATH{other}"
             ) from error
         except OSError as error:
             raise unreadable(file, error) from error
@@ -144,11 +165,22 @@ def _find(root: Path, held_out: str) -> dict[str, Path]:
 
 def _writers(root: Path, tables: dict[str, Path]) -> Iterator[Handwriting]:
     place = 0
+    trained = np.empty(0, np.uint64)
     for split, file in tables.items():
         try:
             with file.open("rb") as stream:
                 header = _header(file, stream)
-                for client, rows in _clients(header, stream).items():
+                clients, paths = _clients(header, stream)
+                if split == "train":
+                    trained = paths
+                elif (both := np.isin(paths, trained)).any():
+                    raise UserError(
+                        f"{file}: {int(both.sum()):,} of its {len(paths):,} images stand in "
+                        f"{tables['train'].name} too; expected images of their own, so that no "
+                        f"image is trained on and held out; {UNPACK_AGAIN}, or take {file.name} "
+                        "away"
+                    )
+                for client, rows in clients.items():
                     images, labels = _samples(root, header, stream, client, rows)
                     number, subject_number = divmod(place, 100)
                     yield Handwriting(
@@ -175,25 +207,31 @@ def _header(file: Path, stream: BinaryIO) -> _Header:
     return _Header(file, len(names), tuple(names.index(name) for name in COLUMNS))
 
 
-def _clients(header: _Header, stream: BinaryIO) -> dict[str, "array[int]"]:
-    """Return offset and number of every line of each client, in the order of the clients.
+def _clients(
+    header: _Header, stream: BinaryIO
+) -> tuple[dict[str, "array[int]"], NDArray[np.uint64]]:
+    """Return offset and number of every line of each client, and a hash of every line's path.
 
-    A client's rows need not stand together, and half a million paths would fill the memory.
+    The clients keep their order. A client's rows need not stand together, and half a million paths
+    would fill the memory.
     """
     clients: dict[str, array[int]] = {}
+    paths = bytearray()
     number, offset = 1, stream.tell()
     while line := _line(stream):
         number += 1
         row = header.row(number, line)
         if row:
             clients.setdefault(row[0], array("q")).extend((offset, number))
+            path = os.path.normpath(row[1]).encode(errors="surrogateescape")
+            paths += hashlib.blake2b(path, digest_size=8).digest()
         offset += len(line)
     if not clients:
         raise UserError(
             f"{header.file} has a header and no rows; expected a row for every image; "
             f"{UNPACK_AGAIN}"
         )
-    return clients
+    return clients, np.frombuffer(paths, np.uint64)
 
 
 def _line(stream: BinaryIO) -> bytes:
@@ -242,13 +280,6 @@ def _samples(
             pixels.append(_pixels(_read(root, row[1], where, folders), row[1], where))
             labels.append(row[2])
     images = np.frombuffer(b"".join(pixels), np.uint8).reshape(-1, 28, 28)
-    # Of the whole writer, because a single letter may run along the border of its image.
-    border = np.median(np.concatenate([images[:, ::27].ravel(), images[:, :, ::27].ravel()]))
-    if border < 128:
-        raise UserError(
-            f"{header.file}: client {client:.60} has light ink on dark paper (the median pixel of "
-            f"its images' borders is {border:.0f}); expected white paper, 255; invert the images"
-        )
     return images, np.frombuffer(labels, np.uint8)
 
 
@@ -263,9 +294,10 @@ def _read(root: Path, path: str, where: str, folders: dict[Path, bool]) -> bytes
         if inside and stat.S_ISLNK(status.st_mode):
             inside, status = file.resolve().is_relative_to(root), file.stat()
         if not inside:
+            how = "copy what it links to (cp -rL)" if file.is_symlink() else UNPACK_AGAIN
             raise UserError(
                 f"{where}: sample_path {_short(path)} leads out of {root}; expected a file below "
-                f"it; {UNPACK_AGAIN}"
+                f"it; {how}"
             )
         # Before it is opened: a pipe would be waited for without end.
         if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:

@@ -2,7 +2,9 @@
 
 Flower Labs, https://huggingface.co/datasets/flwrlabs/femnist, after Caldas et al., "LEAF: A
 Benchmark for Federated Settings", 2018, https://arxiv.org/abs/1812.01097. `data/train-*.parquet` is
-all there is, no test split. Read of it are the columns
+all there is, no test split. Files made elsewhere may have one: where the names of files, or of the
+folders they lie in, say `train` and `test` (or `validation`), that split is kept. Read are the
+columns
 
     image      struct with `bytes`: a PNG of 28 x 28 pixels
     writer_id  string, such as "f0000_14"
@@ -14,6 +16,7 @@ is promised about the order of the rows; here the writers are sorted by `writer_
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,19 +28,47 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from femfed import UserError
-from femfed.data.source import Dataset, Published, fingerprint, located, unreadable
+from femfed import UserError, one_line, printable
+from femfed.data.source import (
+    Dataset,
+    Published,
+    files_in,
+    folder_that_fits,
+    inside,
+    located,
+    most_images,
+    refuse_other_layout,
+    stored_files,
+    unreadable,
+)
 from femfed.data.store import CHARACTERS, CLASSES, Bytes, Handwriting, OnWriter, WriterStore, stored
 
 REPOSITORY = "flwrlabs/femnist"
 FILES = "data/*.parquet"
+ENDS = (".parquet",)
+TRAIN, TEST, VALIDATION = "train", "test", "validation"
+SPLITS = {  # a word of a file's or a folder's name -> split
+    "train": TRAIN,
+    "test": TEST,
+    "val": VALIDATION,
+    "valid": VALIDATION,
+    "validation": VALIDATION,
+    "dev": VALIDATION,
+    "eval": VALIDATION,
+}
 TIMEOUT = 10  # seconds until an answer
 AGAIN = f"download the file again from https://huggingface.co/datasets/{REPOSITORY}"
+MOST_LINE_CHARACTERS = 300  # of what a library says
 BATCH = 1024  # rows that are decoded at once
+BATCH_BYTES = 1 << 28  # of them, unpacked
 BUFFER = 1 << 20  # bytes of a column that are read at once, however large its row groups are
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 SIZE = (28).to_bytes(4, "big") * 2  # width and height follow at once
+MOST_PNG_BYTES = 1 << 16  # of an image, where the hub's have some hundreds
+FREE_BYTES = 1 << 26  # that a column of a file of any size may unpack to
+MOST_UNPACKED = 64  # bytes for every byte of the file, beyond those
 
+Halves = list[list[Path]]  # the files, or those of the train split and those held out
 Batches = Iterator[tuple[Bytes, Bytes]]
 
 
@@ -46,8 +77,8 @@ class Femnist(Dataset):
     """FEMNIST as Flower publishes it on Hugging Face, downloaded or in files the user has.
 
     Attributes:
-        path: a folder of Parquet files, one that has them in `data/`, or one file; null downloads
-            them (200 MB), once.
+        path: a folder of Parquet files, one above it, or one file; null takes them from the cache
+            of the hub's library or downloads them (200 MB), once.
     """
 
     path: str | None
@@ -65,65 +96,144 @@ class Femnist(Dataset):
         source: dict[str, Any]
         if self.path is None:
             source = {"dataset": self.name, "repository": REPOSITORY}
-            return stored(cache, source, lambda: _writers(_downloaded(), cache), on_writer)
+            return stored(cache, source, lambda: _writers(_published(), cache), on_writer)
         root = located(self.path, self.name, "the folder that holds the dataset's *.parquet files")
-        files = _find(root)
-        source = {
-            "dataset": self.name,
-            "path": str(root),
-            "files": fingerprint(root, files),
-        }
-        return stored(cache, source, lambda: _writers(files, cache), on_writer)
+        halves = _find(root)
+        files = [file for half in halves for file in half]
+        source = {"dataset": self.name}
+        return stored_files(cache, source, root, files, lambda: _writers(halves, cache), on_writer)
 
 
-def _find(root: Path) -> list[Path]:
-    """Return the Parquet files at `root`, in it, or in its folder `data`, sorted by name."""
-    if root.is_file():
-        return [root]
+def _find(root: Path) -> Halves:
+    """Return the Parquet files at `root`, in it or below it, by their splits, sorted by name."""
+    if not root.is_dir():
+        refuse_other_layout(root, ENDS)
+        return [[root]]
     try:
-        for folder in (root, root / "data"):
-            found = folder.iterdir() if folder.is_dir() else ()
-            # macOS leaves a hidden "._NAME.parquet" beside every NAME.parquet it packs or copies.
-            files = [
-                file
-                for file in found
-                if file.suffix == ".parquet" and file.is_file() and not file.name.startswith(".")
-            ]
-            if files:
-                return sorted(files)
+        folder = _snapshot(root) or root
+        found = folder_that_fits(
+            folder / "data" if _parquets(folder / "data") else folder,
+            lambda at: bool(_parquets(at)),
+        )
     except OSError as error:
         raise unreadable(root, error) from error
-    raise UserError(
-        f"no Parquet files in {root}; expected files such as train-00000-of-00001.parquet; give "
-        f"dataset.path=DIR the folder that holds {FILES} of {REPOSITORY}"
+    if found is None:
+        raise UserError(
+            f"no Parquet files in {root}; expected files such as train-00000-of-00001.parquet; "
+            f"give dataset.path=DIR the folder that holds {FILES} of {REPOSITORY}"
+            f"{inside(root, ENDS)}"
+        )
+    return _halves(found, _parquets(found))
+
+
+def _snapshot(root: Path) -> Path | None:
+    """Return the newest folder with all files, where `root` is a repository in the hub's cache."""
+    if not (root / "snapshots").is_dir():
+        return None
+    folders = [folder for folder in (root / "snapshots").iterdir() if _is_complete(folder)]
+    try:
+        main = (root / "refs" / "main").read_text().strip()
+    except (OSError, UnicodeError):
+        main = ""  # fetched by its revision
+    return max(
+        folders, key=lambda folder: (folder.name == main, folder.stat().st_mtime), default=None
     )
 
 
-def _downloaded() -> list[Path]:
-    """Return the published files, from the hub or from the library's cache of it."""
+def _is_complete(folder: Path) -> bool:
+    """Whether there are files, and those that their names `-00000-of-00002` promise."""
+    names = {file.name for file in _parquets(folder / "data")}
+    parts = (re.fullmatch(r"(.*?)[0-9]{5}-of-([0-9]{5})\.parquet", name) for name in names)
+    expected = (
+        f"{part[1]}{number:05}-of-{part[2]}.parquet"
+        for part in parts
+        if part
+        for number in range(int(part[2]))
+    )
+    return bool(names) and all(name in names for name in expected)
+
+
+def _parquets(folder: Path) -> list[Path]:
+    """Return the Parquet files in `folder`, or else in its folders of splits."""
+    if not folder.is_dir():
+        return []
+    if files := files_in(folder, ENDS):
+        return files
+    parts = sorted(part for part in folder.iterdir() if part.name.lower() in SPLITS)
+    return [file for part in parts if part.is_dir() for file in files_in(part, ENDS)]
+
+
+def _split_of(name: str) -> str | None:
+    """Return the split that a path says it is of; None if it says none or two."""
+    found = {SPLITS[word] for word in re.findall(r"[a-z]+", name.lower()) if word in SPLITS}
+    return found.pop() if len(found) == 1 else None
+
+
+def _halves(folder: Path, files: list[Path]) -> Halves:
+    """Return the files of the train split and the files held out; all of them if there is no split.
+
+    Raises:
+        UserError: files are of more than two splits, or some are of none.
+    """
+    splits: dict[str | None, list[Path]] = {}
+    for file in files:
+        splits.setdefault(_split_of(str(file.relative_to(folder))), []).append(file)
+    if len(splits) == 1 or splits.keys() == {TRAIN, None}:
+        return [files]
+    if len(splits) == 2 and splits.keys() >= {TRAIN} and None not in splits:
+        return [splits.pop(TRAIN), *splits.values()]
+    shown = ", ".join(
+        f"{printable(part[0].relative_to(folder))} ({split or 'no split by its name'})"
+        for split, part in splits.items()
+    )
+    raise UserError(
+        f"{folder} holds files of several splits: {shown}; expected files of train and of one "
+        "held-out split, so that no held-out image is trained on; take the others away"
+    )
+
+
+def _published() -> Halves:
+    """Return the published files, from the library's cache of the hub or from the hub."""
     for needed in ("pyarrow.parquet", "PIL.Image"):
         _library(needed)  # a missing one is told before 200 MB have come
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     hub = _library("huggingface_hub")
     try:
-        # Asked first, because the library itself would wait for a silent network forever. The
-        # dataset is public, so that the user's token stays at home.
-        found = hub.HfApi(token=False).dataset_info(REPOSITORY, timeout=TIMEOUT)
-        # Parquet and nothing else: no code of the repository is fetched or run.
-        folder = hub.snapshot_download(
-            REPOSITORY,
-            repo_type="dataset",
-            revision=found.sha,
-            allow_patterns=FILES,
-            token=False,
-        )
+        return _find(_cached(hub) or _downloaded(hub))
+    except UserError:
+        raise
     except Exception as error:  # of the library, its HTTP client or the disk: no common class
         raise UserError(
             f"cannot download {REPOSITORY} from Hugging Face: {type(error).__name__}: "
             f"{_line(error)}; expected a connection to https://huggingface.co; connect and run "
             f"again, or fetch {FILES} of that repository elsewhere and give dataset.path=DIR"
         ) from error
-    return _find(Path(folder))
+
+
+def _cached(hub: Any) -> Path | None:
+    """Return the folder in the library's cache, if all published files are in it."""
+    try:
+        root = Path(import_module(f"{hub.__name__}.constants").HF_HUB_CACHE)
+    except (ImportError, AttributeError):  # of another version
+        return None
+    return _snapshot(root / f"datasets--{REPOSITORY.replace('/', '--')}")
+
+
+def _downloaded(hub: Any) -> Path:
+    """Return the folder that the published files were downloaded to."""
+    # Asked first, because the library itself would wait for a silent network forever. The dataset
+    # is public, so that the user's token stays at home.
+    found = hub.HfApi(token=False).dataset_info(REPOSITORY, timeout=TIMEOUT)
+    # Parquet and nothing else: no code of the repository is fetched or run.
+    return Path(
+        hub.snapshot_download(
+            REPOSITORY,
+            repo_type="dataset",
+            revision=found.sha,
+            allow_patterns=FILES,
+            token=False,
+        )
+    )
 
 
 def _library(name: str) -> Any:
@@ -140,12 +250,15 @@ def _library(name: str) -> Any:
 
 def _line(error: Exception) -> str:
     """Return the first line of what `error` says."""
-    return next(iter(str(error).strip().splitlines()), "no reason given").rstrip(".;")
+    line = next(iter(str(error).strip().splitlines()), "no reason given").rstrip(".;")
+    return one_line(line[:MOST_LINE_CHARACTERS])
 
 
-def _writers(files: list[Path], cache: Path) -> Iterator[Handwriting]:
-    names, owners = _owners(files)
+def _writers(halves: Halves, cache: Path) -> Iterator[Handwriting]:
+    files = [file for half in halves for file in half]
+    names, owners, train_rows = _owners(files, len(halves[0]))
     counts = np.bincount(owners)
+    train = np.bincount(owners[:train_rows], minlength=len(names))
     batches = _batches(files)
     if (owners[1:] >= owners[:-1]).all():
         writers = _in_order(batches, counts)
@@ -153,24 +266,27 @@ def _writers(files: list[Path], cache: Path) -> Iterator[Handwriting]:
         writers = _regrouped(batches, owners, counts, cache)
     for place, (name, (images, labels)) in enumerate(zip(names, writers, strict=True)):
         number, subject_number = divmod(place, 100)
-        yield Handwriting(name, number, subject_number, images, labels)
+        train_examples = int(train[place]) if len(halves) == 2 else None
+        # A stable sort by writer leaves the rows of the train split in front.
+        yield Handwriting(name, number, subject_number, images, labels, train_examples)
 
 
-def _owners(files: list[Path]) -> tuple[list[str], NDArray[np.int32]]:
-    """Return the writers' names, sorted, and each row's place among them."""
+def _owners(files: list[Path], train_files: int) -> tuple[list[str], NDArray[np.int32], int]:
+    """Return the writers' names, sorted, each row's place among them, and how many rows train."""
     codes: dict[str, int] = {}
-    rows = []
-    for file in files:
+    rows, train_rows = list[NDArray[np.int32]](), 0
+    for place, file in enumerate(files):
         for row, table in _tables(file, ["writer_id"]):
             column = _whole(table.column(0), f"{file}: row", row, "writer_id").dictionary_encode()
             known = [codes.setdefault(name, len(codes)) for name in column.dictionary.to_pylist()]
             rows.append(np.array(known, np.int32)[column.indices.to_numpy()])
+            train_rows += len(rows[-1]) if place < train_files else 0
     if not rows:
         raise UserError(f"{files[0]}: no rows; expected one an image; {AGAIN}")
     names = sorted(codes)
     places = np.empty(len(names), np.int32)
     places[[codes[name] for name in names]] = np.arange(len(names))
-    return names, places[np.concatenate(rows)]
+    return names, places[np.concatenate(rows)], train_rows
 
 
 def _in_order(batches: Batches, counts: NDArray[np.int64]) -> Iterator[tuple[Bytes, Bytes]]:
@@ -230,11 +346,24 @@ def _batches(files: list[Path]) -> Batches:
                 )
             # Flattening a struct gives what is in it, null where the struct itself is.
             (pictures,) = table.column("image").flatten()
-            images = _decoded(_whole(pictures, where, row, "image.bytes").to_pylist(), where, row)
+            pictures = _whole(pictures, where, row, "image.bytes")
+            _check_lengths(pictures, where, row)
+            images = _decoded(pictures.to_pylist(), where, row)
             if inverted is None:
                 # The publisher does not say which it is; there is always far more paper than ink.
                 inverted = bool(images.mean() < 127.5)
             yield (255 - images if inverted else images), labels.astype(np.uint8)
+
+
+def _check_lengths(pictures: Any, where: str, row: int) -> None:
+    """Refuse an image that is far too long, before a copy of it is made for every row."""
+    lengths = _library("pyarrow.compute").binary_length(pictures).to_numpy()
+    long = np.flatnonzero(lengths > MOST_PNG_BYTES)
+    if long.size:
+        raise UserError(
+            f"{where} {row + int(long[0])}: the image has more than {MOST_PNG_BYTES:,} bytes; "
+            f"expected a grey PNG of 28 x 28; {AGAIN}"
+        )
 
 
 def _whole(column: Any, where: str, row: int, name: str) -> Any:
@@ -250,10 +379,19 @@ def _tables(file: Path, columns: list[str]) -> Iterator[tuple[int, Any]]:
     pyarrow, parquet = _library("pyarrow"), _library("pyarrow.parquet")
     row = 0
     try:
-        # Buffered ahead, all that was read would be kept to the end.
-        with parquet.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False) as opened:
+        with parquet.ParquetFile(file) as opened:
             _check_schema(file, opened.schema_arrow)
-            for batch in opened.iter_batches(BATCH, columns=columns):
+            largest = _check_size(file, opened.metadata)
+        # Buffered ahead, all that was read would be kept to the end. As a dictionary, a name that
+        # repeats is not unpacked for every row.
+        with parquet.ParquetFile(
+            file,
+            buffer_size=BUFFER,
+            pre_buffer=False,
+            read_dictionary=["writer_id"],
+        ) as opened:
+            rows = min(BATCH, max(1, BATCH_BYTES // largest))
+            for batch in opened.iter_batches(rows, columns=columns):
                 batch.validate(full=True)  # else text that is not UTF-8 would come through
                 yield row, batch
                 row += len(batch)
@@ -269,12 +407,69 @@ def _tables(file: Path, columns: list[str]) -> Iterator[tuple[int, Any]]:
         ) from error
 
 
+def _check_size(file: Path, about: Any) -> int:
+    """Refuse what unpacks to far more than handwriting does; return what one image may take.
+
+    Values that repeat stand once, in a column's dictionary, and unpack to as many copies as there
+    are rows: of the images, nothing but the dictionary's size is known before.
+    """
+    largest = 1
+    if about.num_rows > (most := most_images([file])):
+        raise UserError(
+            f"{file}: {about.num_rows:,} rows; expected at most {most:,} in a file of its size; "
+            f"{AGAIN}"
+        )
+    most = FREE_BYTES + MOST_UNPACKED * file.stat().st_size
+    for group in range(about.num_row_groups):
+        for place in range(about.num_columns):
+            column = about.row_group(group).column(place)
+            if column.total_uncompressed_size > most:
+                raise UserError(
+                    f"{file}: column {printable(column.path_in_schema)} unpacks to "
+                    f"{column.total_uncompressed_size:,} bytes; expected at most {most:,} in a "
+                    f"file of its size; {AGAIN}"
+                )
+            if column.path_in_schema == "image.bytes" and column.has_dictionary_page:
+                largest = max(largest, _page_bytes(file, column.dictionary_page_offset))
+    return largest
+
+
+def _page_bytes(file: Path, offset: int) -> int:
+    """Return the unpacked size of the page that begins at `offset`, as its header says.
+
+    It is the second field of a header in Thrift's compact protocol, a zigzag varint.
+    https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift
+    """
+    with file.open("rb") as stream:
+        stream.seek(offset)
+        head = stream.read(16)
+    numbers, at = list[int](), 0
+    while len(numbers) < 2 and head[at : at + 1] == b"\x15":  # a 32-bit integer follows
+        value, shift = 0, 0
+        for byte in head[at + 1 :]:
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+        numbers.append(value >> 1)
+        at += 1 + shift // 7
+    if len(numbers) < 2:
+        raise UserError(
+            f"{file}: no page begins at byte {offset}; expected a whole Parquet file; {AGAIN}"
+        )
+    return max(1, numbers[1])
+
+
 def _check_schema(file: Path, schema: Any) -> None:
     types = _library("pyarrow.types")
+
+    def valued(kind: Any) -> Any:
+        return kind.value_type if types.is_dictionary(kind) else kind
+
     for name, fits, expected in (
         (
             "writer_id",
-            lambda kind: types.is_string(kind) or types.is_large_string(kind),
+            lambda kind: types.is_string(valued(kind)) or types.is_large_string(valued(kind)),
             "a string",
         ),
         ("character", types.is_integer, "an integer"),
@@ -292,14 +487,17 @@ def _check_schema(file: Path, schema: Any) -> None:
         ),
     ):
         if schema.get_field_index(name) < 0:
-            held = ", ".join(schema.names) or "none"
+            held = printable(", ".join(schema.names), MOST_LINE_CHARACTERS) or "none"
             raise UserError(
                 f"{file}: no column {name} among its columns ({held}); expected image, writer_id "
                 f"and character, once each; {AGAIN}"
             )
         kind = schema.field(name).type
         if not fits(kind):
-            raise UserError(f"{file}: column {name} is {kind}; expected {expected}; {AGAIN}")
+            raise UserError(
+                f"{file}: column {name} is {one_line(str(kind)[:MOST_LINE_CHARACTERS])}; expected "
+                f"{expected}; {AGAIN}"
+            )
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         characters = features["character"]["names"]

@@ -25,13 +25,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from femfed import UserError
-from femfed.data.source import Dataset, Published, fingerprint, located, unreadable
-from femfed.data.store import Handwriting, OnWriter, WriterStore, stored
+from femfed.data.source import (
+    Dataset,
+    Published,
+    folder_that_fits,
+    inside,
+    located,
+    most_images,
+    other_layout,
+    stored_files,
+    unreadable,
+)
+from femfed.data.store import Handwriting, OnWriter, WriterStore
 
 HOME = "https://github.com/facebookresearch/qmnist"
 AGAIN = "copy or download the file again"
 IMAGES, LABELS, MNIST_LABELS = 0x0803, 0x0C02, 0x0801  # magic numbers
 MOST = 402_953  # digits in all of NIST
+IDX = ("-ubyte", "-ubyte.gz", "-int", "-int.gz", ".tsv", ".tsv.gz")  # ends of the files' names
 LONGEST = 100  # bytes of a row of eight numbers in text
 
 # By preference; each may end in .gz.
@@ -61,6 +72,7 @@ class Qmnist(Dataset):
     name = "qmnist"
     variant = "QMNIST (digits with writer ids)"
     published = Published(writers=539, images=60_000)
+    digits_only = True
 
     def convert(self, cache: Path, writers: int, on_writer: OnWriter | None = None) -> WriterStore:
         """Return the store of all digits; all their writers are in it, however many are wanted.
@@ -72,25 +84,34 @@ class Qmnist(Dataset):
             self.path, self.name, "the folder that holds the idx files of QMNIST (or of MNIST)"
         )
         try:
+            if root.is_dir():  # else _train_files says so
+                root = folder_that_fits(root, _fits) or root
             train, test = _train_files(root), _test_files(root)
         except OSError as error:
             raise unreadable(root, error) from error
-        files = fingerprint(root, (*train, *(test or ())))
-        source = {"dataset": self.name, "path": str(root), "files": files}
-        return stored(cache, source, lambda: _writers(train, test), on_writer)
+        files = (*train, *(test or ()))
+        source = {"dataset": self.name}
+        return stored_files(cache, source, root, files, lambda: _writers(train, test), on_writer)
+
+
+def _fits(root: Path) -> bool:
+    return any(_find(root, names) for names in (TRAIN_IMAGES, TRAIN_LABELS))
 
 
 def _train_files(root: Path) -> Files:
     if not root.is_dir():
+        other = other_layout(root, IDX)
+        what = f"it is {other}" if other else f"give dataset.path={root.parent}"
         raise UserError(
             f"dataset.path={root} is a file; expected the folder that holds {TRAIN_IMAGES[0]}.gz "
-            f"and {TRAIN_LABELS[0]}.gz; give dataset.path={root.parent}"
+            f"and {TRAIN_LABELS[0]}.gz; {what}"
         )
     images, labels = _find(root, TRAIN_IMAGES), _find(root, TRAIN_LABELS)
     if images is None:
         raise UserError(
             f"no training images in {root}; expected {TRAIN_IMAGES[0]}[.gz] or MNIST's "
             f"{TRAIN_IMAGES[1]}[.gz]; download them from {HOME} or give their dataset.path=DIR"
+            f"{inside(root, IDX)}"
         )
     if labels is None:
         raise UserError(
@@ -198,10 +219,11 @@ def _idx(file: Path, magic: int, shape: tuple[int, ...]) -> NDArray[Any]:
             f"{file}: ends after {len(head)} bytes; expected a header of {header}; {AGAIN}"
         )
     n, *sizes = np.frombuffer(head[4:], ">u4").tolist()
-    if sizes != list(shape) or not 0 < n <= MOST:
+    most = min(MOST, most_images([file])) if file.suffix == ".gz" else MOST
+    if sizes != list(shape) or not 0 < n <= most:
         raise UserError(
             f"{file}: the header says {' x '.join(map(str, (n, *sizes)))}; expected n x "
-            f"{' x '.join(map(str, shape))} with n in 1..{MOST:,}; {AGAIN} from {HOME}"
+            f"{' x '.join(map(str, shape))} with n in 1..{most:,}; {AGAIN} from {HOME}"
         )
     size = n * int(np.prod(shape)) * dtype.itemsize
     body = _read(file, header, size)

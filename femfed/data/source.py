@@ -1,9 +1,10 @@
 """What all datasets have in common: their published counts and what is kept of them."""
 
+import contextlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,12 +12,29 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from femfed import UserError
-from femfed.data.store import CHARACTERS, CLASSES, Columns, OnWriter, View, WriterStore, viewed
+from femfed import UserError, printable
+from femfed.data.store import (
+    CHARACTERS,
+    CLASSES,
+    Bytes,
+    Columns,
+    Handwriting,
+    OnWriter,
+    View,
+    WriterStore,
+    stored_by_content,
+    viewed,
+)
 from femfed.seeds import generator
 
 PARTITIONS = ("writer", "iid", "dirichlet", "shards")
 WORDS = {"digits": "0-9", "capitals": "A-Z", "small": "a-z"}
+SUBSETS = (26, 36, 47)  # numbers of classes of other sets: letters, one case, EMNIST's merged ones
+FREE_IMAGES = 100_000  # that files of any size may hold
+LEAST_IMAGE_BYTES = 16  # of an image in a file, however well it is packed, beyond those
+DARK = 64  # grey below which a pixel of the border is dark; the paper of black scans has 0
+DARK_SHARE = 0.9  # of an image's border where the paper is dark
+MOST_FOLDERS = 1000  # that are looked into for the dataset's files
 
 
 @dataclass(frozen=True)
@@ -64,6 +82,12 @@ class Dataset(ABC):
     """Which FEMNIST this is, in words; every result states it."""
     published: ClassVar[Published | None] = None
     """The published counts of this variant, where there are any."""
+    family: ClassVar[str | None] = None
+    """What data with other counts are called, where `variant` would claim too much."""
+    labels_hint: ClassVar[str] = ""
+    """How to name labels that stand for other characters."""
+    digits_only: ClassVar[bool] = False
+    """Whether the variant has no letters."""
 
     def __post_init__(self) -> None:
         if self.partition not in PARTITIONS:
@@ -122,16 +146,31 @@ class Dataset(ABC):
             lines.append(f"{everything.skipped_writers} writers without images are left out")
         if self.published is None:
             return lines
-        trainable = ~everything.apart
-        images = int(everything.examples[trainable].sum())
+        most = int(everything.labels.max()) + 1
+        if not self.digits_only and (most <= 10 or most in SUBSETS):
+            most = max(most, 10)
+            lines.append(
+                f"{most} classes, labels 0..{most - 1}: they are taken for "
+                f"{_characters(most)}{self.labels_hint}"
+            )
+        writers, images = _counts(everything)
         return lines + [
             f"{count:,} {what}, where {self.variant} is published with {published:,}"
             for what, count, published in (
-                ("writers", int(trainable.sum()), self.published.writers),
+                ("writers", writers, self.published.writers),
                 ("images", images, self.published.images),
             )
             if count != published
         ]
+
+    def variant_of(self, store: WriterStore) -> str:
+        """Say which FEMNIST `store`, or the store it is a view of, really is; results state it."""
+        if self.published is None:
+            return self.variant
+        writers, images = _counts(store.whole())
+        if (writers, images) == (self.published.writers, self.published.images):
+            return self.variant
+        return f"{self.family or self.variant}: {writers:,} writers, {images:,} images"
 
     def _select(self, everything: WriterStore, labels: frozenset[int]) -> View:
         wanted = np.isin(np.arange(CLASSES), list(labels))
@@ -159,38 +198,57 @@ class Dataset(ABC):
         return columns, np.concatenate([rows for _, rows, _ in kept])
 
 
+def _counts(everything: WriterStore) -> tuple[int, int]:
+    """Return the writers who may train, and their images."""
+    trainable = ~everything.apart
+    return int(trainable.sum()), int(everything.examples[trainable].sum())
+
+
+def _characters(most: int) -> str:
+    """Return the characters of the labels below `most` as ranges: `0-9, A-Z`."""
+    groups = (CHARACTERS[start : min(stop, most)] for start, stop in ((0, 10), (10, 36), (36, 62)))
+    return ", ".join(f"{group[0]}-{group[-1]}" for group in groups if group)
+
+
 def labels_of(classes: Any) -> frozenset[int]:
     """Return the labels that `dataset.classes` keeps.
 
     Raises:
         UserError: `classes` names something that is not a label, character, range or word.
     """
-    if classes is None:
-        return frozenset(range(CLASSES))
+    return frozenset(range(CLASSES) if classes is None else labels_in_order("classes", classes))
+
+
+def labels_in_order(key: str, classes: Any) -> tuple[int, ...]:
+    """Return the labels that `dataset.{key}` names, in its order.
+
+    Raises:
+        UserError: `classes` names something that is not a label, character, range or word.
+    """
     entries: Sequence[Any] = (
         classes if isinstance(classes, Sequence) and not isinstance(classes, str) else [classes]
     )
-    labels: set[int] = set()
+    labels: list[int] = []
     for entry in entries:
         text = WORDS.get(str(entry), str(entry))
         ends = re.fullmatch(r"([0-9A-Za-z])(?:-([0-9A-Za-z]))?", text)
         if ends:
             first, last = (CHARACTERS.index(end) for end in (ends[1], ends[2] or ends[1]))
-            labels.update(range(first, last + 1))
+            labels.extend(range(first, last + 1))
         elif text.isdecimal() and int(text) < CLASSES:
-            labels.add(int(text))
+            labels.append(int(text))
         if not (ends and first <= last) and not (text.isdecimal() and int(text) < CLASSES):
             raise UserError(
-                f"dataset.classes={classes}: {entry!r} is no class; expected digits, capitals, "
+                f"dataset.{key}={classes}: {entry!r} is no class; expected digits, capitals, "
                 "small, a character, a range such as a-j, a label 0..61, or a list of these"
             )
     if not labels:
-        raise UserError(f"dataset.classes={classes} keeps nothing; expected at least one class")
-    return frozenset(labels)
+        raise UserError(f"dataset.{key}={classes} names nothing; expected at least one class")
+    return tuple(labels)
 
 
 def located(path: str | None, name: str, expected: str) -> Path:
-    """Return where `dataset.path` is, resolved.
+    """Return where `dataset.path` is: folders are resolved, a linked file keeps its own name.
 
     Args:
         path: as the user gave it.
@@ -198,7 +256,7 @@ def located(path: str | None, name: str, expected: str) -> Path:
         expected: what should be there, in words.
 
     Raises:
-        UserError: there is no path, or nothing at it.
+        UserError: there is no path, nothing at it, or a file that no loader reads.
     """
     if path is None or not str(path).strip():
         raise UserError(
@@ -209,18 +267,234 @@ def located(path: str | None, name: str, expected: str) -> Path:
     root = Path(os.path.expanduser(str(path)))
     try:
         there = root.exists()
+        is_folder = root.is_dir()
+        link = root.is_symlink()
     except OSError as error:
         raise unreadable(root, error) from error
-    if not there:
+    except ValueError as error:  # a NUL
         raise UserError(
-            f"dataset.path={path} does not exist (looked for {root.absolute()}); "
+            f"dataset.path={printable(path)}: {error}; expected {expected}; correct "
+            "dataset.path=PATH"
+        ) from error
+    if not there:
+        problem = "is a link to nothing" if link else "does not exist"
+        raise UserError(
+            f"dataset.path={path} {problem} (looked for {root.absolute()}); "
             f"expected {expected}; correct dataset.path=PATH"
         )
-    return root.resolve()
+    # Data managers (DVC, git-annex, the hub's cache) link names to files that are called by hashes.
+    return root.resolve() if is_folder else root.parent.resolve() / root.name
+
+
+# How a name ends, how such a file begins -> what it is, and what to do with it.
+ARCHIVE = "an archive; unpack it{how} and give its folder"
+PICKLE = (
+    "pickled, which can run code and is not loaded; load it where you trust it and write its "
+    "arrays as LEAF's JSON (docs/datasets.md, 'Other layouts')"
+)
+OTHER_LAYOUTS: tuple[tuple[tuple[str, ...], tuple[bytes, ...], str], ...] = (
+    (
+        (".npz",),
+        (),
+        "NumPy arrays, perhaps PFLlib's, which are pickled; write them as LEAF's JSON "
+        "(docs/datasets.md, 'Other layouts')",
+    ),
+    ((".pt", ".pth", ".pkl"), (), PICKLE),
+    (
+        (".mat",),
+        (),
+        "a Matlab file, perhaps EMNIST's; write its arrays as LEAF's JSON (docs/datasets.md, "
+        "'Other layouts')",
+    ),
+    (
+        (".arrow",),
+        (),
+        "an Arrow cache of the library datasets; save it as Parquet (datasets.Dataset.from_file"
+        "(FILE).to_parquet('train.parquet')) and use dataset=femnist",
+    ),
+    ((".tar.gz", ".tgz"), (), ARCHIVE.format(how=" (tar xzf {name})")),
+    ((".tar.bz2", ".tbz2"), (), ARCHIVE.format(how=" (tar xjf {name})")),
+    ((".tar.xz", ".txz"), (), ARCHIVE.format(how=" (tar xJf {name})")),
+    ((".tar",), (), ARCHIVE.format(how=" (tar xf {name})")),
+    ((".zip",), (b"PK\3\4", b"PK\5\6"), ARCHIVE.format(how=" (unzip {name})")),
+    ((".7z",), (b"7z\xbc\xaf\x27\x1c",), ARCHIVE.format(how=" (7z x {name})")),
+    ((".rar",), (b"Rar!",), ARCHIVE.format(how="")),
+    ((".gz",), (b"\x1f\x8b",), "packed; unpack it (gunzip {name}) and give what comes out"),
+    ((".bz2",), (b"BZh",), "packed; unpack it (bunzip2 {name}) and give what comes out"),
+    (
+        (".xz", ".lzma"),
+        (b"\xfd7zXZ\0",),
+        "packed; unpack it (xz -d {name}) and give what comes out",
+    ),
+    (
+        (".zst",),
+        (b"\x28\xb5\x2f\xfd",),
+        "packed; unpack it (zstd -d {name}) and give what comes out",
+    ),
+    ((".h5", ".hdf5"), (b"\x89HDF",), "HDF5; TFF's is read by dataset=tff"),
+    ((".sqlite", ".sqlite3"), (b"SQLite format 3\0",), "SQLite; TFF's is read by dataset=tff"),
+    ((".parquet",), (b"PAR1",), "Parquet; the hub's is read by dataset=femnist"),
+    (
+        ("-ubyte", "-ubyte.gz", "-int", "-int.gz"),
+        (b"\0\0\x08\x03", b"\0\0\x0c\x02"),
+        "an idx file; QMNIST's folder is read by dataset=qmnist",
+    ),
+    ((".json",), (), "JSON; LEAF's is read by dataset=leaf"),
+    ((".csv",), (), "a csv table; FedScale's folder is read by dataset=fedscale"),
+    ((".png", ".jpg"), (), "an image; FedScale's folder is read by dataset=fedscale"),
+)
+
+
+def other_layout(file: Path, reads: Sequence[str]) -> str | None:
+    """Say what a file is that the loader does not read, and what to do; None if it is unknown.
+
+    Args:
+        file: by its own name and its first bytes.
+        reads: ends of the names that the loader does read.
+    """
+    name = file.name.lower()
+    if name.endswith(tuple(reads)) and ".tar." not in name:
+        return None
+    head = b""
+    with contextlib.suppress(OSError):
+        if file.is_file():
+            with file.open("rb") as stream:
+                head = stream.read(16)
+    by_name = [text for ends, _, text in OTHER_LAYOUTS if name.endswith(ends)]
+    by_head = [text for _, heads, text in OTHER_LAYOUTS if heads and head.startswith(heads)]
+    for text in (*by_name, *by_head):
+        return text.replace("{name}", printable(file.name))
+    return None
+
+
+def refuse_other_layout(file: Path, reads: Sequence[str]) -> None:
+    """Refuse a file, given as `dataset.path`, that is of another layout.
+
+    Raises:
+        UserError: it is, by its name or by how it begins.
+    """
+    if said := other_layout(file, reads):
+        raise UserError(f"dataset.path={file} is {said}; expected {_ends(reads)}")
+
+
+def _ends(reads: Sequence[str]) -> str:
+    return f"a folder or a file *{', *'.join(reads)}" if reads else "a folder"
+
+
+def inside(root: Path, reads: Sequence[str]) -> str:
+    """Say which other data a folder holds, as the end of a message; empty if none is known."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
+    except OSError:
+        return ""
+    for name in names[:MOST_FOLDERS]:
+        if said := other_layout(root / name, reads):
+            return f"; {printable(name)} in it is {said}"
+    return ""
+
+
+def folder_that_fits(root: Path, fits: Callable[[Path], bool], depth: int = 2) -> Path | None:
+    """Return `root` or, if it does not fit, the one folder below it that does; None if none does.
+
+    Args:
+        root: as the user gave it.
+        fits: whether a folder holds the dataset.
+        depth: how many folders deep to look; the first depth where one fits counts.
+
+    Raises:
+        UserError: several of one depth fit, or one cannot be looked into.
+    """
+    level = [root]
+    for _ in range(depth + 1):
+        found = [folder for folder in level if fits(folder)]
+        if len(found) > 1:
+            names = ", ".join(printable(folder.relative_to(root)) for folder in found[:5])
+            raise UserError(
+                f"{root} holds {len(found)} folders with data: {names}; expected one; give the one "
+                f"that is meant, such as dataset.path={found[0]}"
+            )
+        if found:
+            return found[0]
+        level = [
+            Path(entry.path)
+            for folder in level
+            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
+            if not entry.name.startswith((".", "__")) and entry.is_dir()
+        ][:MOST_FOLDERS]
+    return None
+
+
+def files_in(folder: Path, ends: tuple[str, ...]) -> list[Path]:
+    """Return the files of a folder, sorted, whose own names end in one of `ends`."""
+    # macOS leaves a hidden "._NAME" beside every NAME it packs or copies.
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.name.lower().endswith(ends) and not file.name.startswith(".") and file.is_file()
+    )
+
+
+def most_images(files: Iterable[Path]) -> int:
+    """Return how many images files can hold: a small file that claims more is hostile or broken."""
+    return FREE_IMAGES + sum(file.stat().st_size for file in files) // LEAST_IMAGE_BYTES
+
+
+def stored_files(
+    cache: Path,
+    source: dict[str, Any],
+    root: Path,
+    files: Sequence[Path],
+    writers: Callable[[], Iterable[Handwriting]],
+    on_writer: OnWriter | None = None,
+) -> WriterStore:
+    """Return the store of files, which are read only if they are new or have changed.
+
+    Args:
+        cache: folder of all stores.
+        source: the dataset and whatever else decides how the files are read.
+        root: the folder that the files' names start at.
+        files: the files.
+        writers: yields the writers of the files.
+        on_writer: called with the number of writers converted so far.
+
+    Raises:
+        UserError: a file is not what it should be.
+    """
+    place = {**source, "path": str(root), "files": fingerprint(root, files)}
+    most = most_images(files)
+    return stored_by_content(cache, place, lambda: _checked(writers(), root, most), on_writer)
+
+
+def _checked(writers: Iterable[Handwriting], root: Path, most: int) -> Iterator[Handwriting]:
+    """Yield the writers, of whom the paper is white and who have no more than `most` images."""
+    images = 0
+    for writer in writers:
+        images += len(writer.images)
+        if images > most:
+            raise UserError(
+                f"{root} holds more than {most:,} images, which is more than files of its size "
+                "can; expected real handwriting; copy or download the files again"
+            )
+        if _is_on_dark_paper(writer.images):
+            raise UserError(
+                f"{root}: writer {printable(writer.name)} has light ink on dark paper; expected "
+                "dark ink on white paper, 255; invert the images (255 - pixel, or 1 - pixel where "
+                "white is 1)"
+            )
+        yield writer
+
+
+def _is_on_dark_paper(images: Bytes) -> bool:
+    """Whether the borders of half of a writer's images are dark; ink seldom comes near them."""
+    if not len(images) or images.shape[1:] != (28, 28):
+        return False
+    edges = (images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1])
+    dark = np.mean(np.concatenate(edges, axis=1) < DARK, axis=1)
+    return bool(np.mean(dark > DARK_SHARE) >= 0.5)
 
 
 def fingerprint(root: Path, files: Iterable[Path]) -> list[list[Any]]:
-    """Return name, size and time of every file: a store is made again when one of them changes.
+    """Return name, size and time of every file: they are read again when one of these changes.
 
     Raises:
         UserError: a file cannot be looked at.

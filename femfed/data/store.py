@@ -5,17 +5,24 @@ A store is a folder of three files: `images.u8` (all images, row-major `[n, 28, 
 are contiguous, so a writer is two views and no copy. Workers map the files read-only and share
 their pages.
 
+A store made of files is named by its own content, so that files which were moved, copied or touched
+lead to the same store. Its `sources.json` remembers the files that it was made of by their place,
+sizes and times: while these stay, nothing is read again.
+
 A view is a folder of two: `rows.i32`, which names rows of another store's images, and its own
 `index.json`. It regroups images (a selection, a partition) at four bytes an image.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +35,10 @@ from femfed.seeds import generator
 CLASSES = 62
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 FORMAT = 3  # raise it when the files of a store change their meaning: older stores are then remade
+
+MOST_NAME_CHARACTERS = 1000  # of a writer's name
+# A folder that is being written: what was hashed for its name, then what mkdtemp appends.
+SCRATCH = re.compile(r"\.(tff|[a-z_]+(-view)?-[0-9a-f]{16})-[a-z0-9_]{8}")
 
 Bytes = NDArray[np.uint8]
 Rows = NDArray[np.int32]
@@ -50,7 +61,8 @@ class Handwriting:
         labels: `[n]` integers in [0, 62).
         train_examples: the first so many rows are the published training split; None where the
             source publishes no split.
-        apart: whether the source keeps this writer apart from those who train.
+        apart: whether the source keeps this writer apart from those who train. Writers of whom a
+            published split has test images only are kept apart as well.
     """
 
     name: str
@@ -113,7 +125,7 @@ class Columns:
         self.subject_numbers.append(writer.subject_number)
         self.examples.append(len(writer.labels))
         self.train_examples.append(-1 if published is None else published)
-        self.apart.append(writer.apart)
+        self.apart.append(writer.apart or published == 0)
 
     def copy(self, store: "WriterStore", index: int, examples: int, train_examples: int) -> None:
         """Add writer `index` of `store`, of whom only some images are kept."""
@@ -144,6 +156,7 @@ class WriterStore:
         images: `[n, 28, 28]` uint8.
         labels: `[n]` uint8.
         skipped_writers: writers of the source without a single image, left out.
+        former_names: names that earlier versions of femfed gave to a store of the same content.
     """
 
     folder: Path
@@ -157,16 +170,17 @@ class WriterStore:
     images: Bytes
     labels: Bytes
     skipped_writers: int
+    former_names: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, folder: Path) -> "WriterStore":
+    def open(cls, folder: Path, former_names: tuple[str, ...] = ()) -> "WriterStore":
         """Map the store or view in `folder`; all of it but the images is checked.
 
         Raises:
             DamagedStoreError: it is not what was written.
         """
         try:
-            return cls._open(folder)
+            return replace(cls._open(folder), former_names=former_names)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise DamagedStoreError(f"dataset store {folder} is damaged: {error}") from error
 
@@ -204,6 +218,16 @@ class WriterStore:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def known_as(self) -> frozenset[str]:
+        """All names that stand for this content: a run that began with one goes on with another."""
+        return frozenset((self.folder.name, *self.former_names))
+
+    def whole(self) -> "WriterStore":
+        """Return the store of which this is a view; itself if it is none."""
+        folder = Path(str(self.images.filename)).parent  # type: ignore[attr-defined]
+        return self if self.rows is None else WriterStore.open(folder)
 
     @property
     def examples(self) -> NDArray[np.int64]:
@@ -261,17 +285,79 @@ def stored(
 
     Args:
         cache: folder that holds all stores.
-        source: whatever identifies the content (paths, sizes, times, parameters); a store made
-            from another source is never used.
+        source: whatever identifies the content (parameters, versions); a store made from another
+            source is never used.
         writers: yields the writers one at a time; called only if there is no store yet.
         on_writer: called with the number of writers written so far.
 
     Raises:
         UserError: the source holds something that is not FEMNIST, or no image at all.
     """
-    return _made(
-        cache, source["dataset"], source, lambda folder: _write(folder, writers(), on_writer)
-    )
+    return _made(cache, _name(source), lambda folder: _write(folder, writers(), on_writer))
+
+
+def stored_by_content(
+    cache: Path,
+    place: dict[str, Any],
+    writers: Callable[[], Iterable[Handwriting]],
+    on_writer: OnWriter | None = None,
+) -> WriterStore:
+    """Return the store of what `writers()` yields, named by that.
+
+    Args:
+        cache: folder that holds all stores.
+        place: identifies the source without reading it: paths, sizes, times, parameters.
+        writers: yields the writers one at a time; called only if no store was made of `place`.
+        on_writer: called with the number of writers written so far.
+
+    Raises:
+        UserError: the source holds something that is not FEMNIST, or no image at all.
+    """
+    remove_abandoned(cache)
+    key = _name(place)
+    for file in sorted(cache.glob(f"{place['dataset']}-*/sources.json")):
+        about = _sources(file.parent)
+        if key in about["sources"]:
+            try:
+                return WriterStore.open(file.parent, tuple(about["former_names"]))
+            except DamagedStoreError:
+                shutil.rmtree(file.parent, ignore_errors=True)
+    with scratch_folder(cache, key) as partial, _one_line(cache):
+        images_sha256 = _write(partial, writers(), on_writer)
+        index_sha256 = json.loads((partial / "index.json").read_bytes())["sha256"]
+        content = {"dataset": place["dataset"], "index": index_sha256, "images": images_sha256}
+        folder = cache / _name(content)
+        if not _is_sound(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        about = _sources(folder)
+        about["sources"] = sorted({*about["sources"], key})
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            # Earlier versions named a store by its source's place; is it the same content?
+            if json.loads((cache / key / "index.json").read_bytes())["sha256"] == index_sha256:
+                about["former_names"] = sorted({*about["former_names"], key})
+        remembered = partial / "sources.json"
+        remembered.write_text(json.dumps(about))
+        _rename(partial, folder)
+        if remembered.exists():
+            remembered.replace(folder / "sources.json")
+    return WriterStore.open(folder, tuple(about["former_names"]))
+
+
+def _sources(folder: Path) -> dict[str, list[str]]:
+    """Return what a store remembers of its sources; nothing if the file is not what was written."""
+    try:
+        about = json.loads((folder / "sources.json").read_bytes())
+        return {key: list(map(str, about[key])) for key in ("sources", "former_names")}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {"sources": [], "former_names": []}
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        WriterStore.open(folder)
+    except DamagedStoreError:
+        return False
+    return True
 
 
 def viewed(parent: WriterStore, key: dict[str, Any], regroup: Callable[[], View]) -> WriterStore:
@@ -292,45 +378,109 @@ def viewed(parent: WriterStore, key: dict[str, Any], regroup: Callable[[], View]
         check = _sha256(np.ascontiguousarray(rows, np.int32).data)
         _write_index(folder, columns, parent.skipped_writers, view_of=store.name, rows_sha256=check)
 
-    store = Path(str(parent.images.filename)).parent  # type: ignore[attr-defined]
-    source = {"view_of": parent.folder.name, **key}
-    return _made(parent.folder.parent, store.name.rpartition("-")[0] + "-view", source, write)
+    store = parent.whole().folder
+    dataset = store.name.rpartition("-")[0] + "-view"
+    name, *former = (
+        _name({"view_of": of, **key}, dataset) for of in (parent.folder.name, *parent.former_names)
+    )
+    return replace(_made(parent.folder.parent, name, write), former_names=tuple(former))
 
 
-def _made(
-    cache: Path, name: str, source: dict[str, Any], write: Callable[[Path], None]
-) -> WriterStore:
-    """Open the store of `source` below `cache`, made first by `write` if it is not there."""
+def _name(source: dict[str, Any], dataset: str | None = None) -> str:
+    """Return the name of the store of `source`."""
     key = json.dumps({"format": FORMAT, **source}, sort_keys=True)
-    folder = cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    return f"{dataset or source['dataset']}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+def _made(cache: Path, name: str, write: Callable[[Path], object]) -> WriterStore:
+    """Open the store called `name` below `cache`, made first by `write` if it is not there."""
+    remove_abandoned(cache)
+    folder = cache / name
     if (folder / "index.json").exists():
         try:
             return WriterStore.open(folder)
         except DamagedStoreError:
             shutil.rmtree(folder, ignore_errors=True)
     if not (folder / "index.json").exists():
+        with scratch_folder(cache, name) as partial, _one_line(cache):
+            write(partial)
+            _rename(partial, folder)
+    return WriterStore.open(folder)
+
+
+def _rename(partial: Path, folder: Path) -> None:
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not (folder / "index.json").exists():  # else another process was first
+            raise
+
+
+@contextlib.contextmanager
+def _one_line(cache: Path) -> Iterator[None]:
+    """Say what the system refuses while a store is written as a user's mistake."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the dataset cache {cache}: {error.strerror or error}; make room there "
+            "or give another folder with cache=DIR"
+        ) from error
+    except MemoryError as error:
+        raise UserError(
+            "the dataset does not fit in this machine's memory; expected files of which each fits; "
+            "divide them, or use a machine with more memory"
+        ) from error
+
+
+@contextlib.contextmanager
+def scratch_folder(cache: Path, name: str) -> Iterator[Path]:
+    """Yield a new folder in `cache`, locked by this process, and remove it at the end.
+
+    The lock is how `remove_abandoned` of another process knows that the folder is in use.
+
+    Raises:
+        UserError: nothing can be written to `cache`.
+    """
+    while True:
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
+            folder = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+            descriptor = os.open(folder, os.O_RDONLY)
         except OSError as error:
             raise UserError(
                 f"cannot write the dataset cache {cache}: {error.strerror}; "
                 "give another folder with cache=DIR"
             ) from error
-        try:
-            write(partial)
+        with contextlib.suppress(OSError):  # of a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if folder.exists():
+            break
+        os.close(descriptor)  # another process saw the folder before it was locked
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def remove_abandoned(cache: Path) -> None:
+    """Remove the folders in `cache` that killed processes were writing."""
+    for folder in cache.glob(".*"):
+        if not SCRATCH.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+            continue
+        with contextlib.suppress(OSError):  # locked, gone or another user's
+            descriptor = os.open(folder, os.O_RDONLY)
             try:
-                partial.rename(folder)
-            except OSError:
-                if not (folder / "index.json").exists():  # else somebody else was first
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return WriterStore.open(folder)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
-def _write(folder: Path, writers: Iterable[Handwriting], on_writer: OnWriter | None) -> None:
-    columns = Columns()
+def _write(folder: Path, writers: Iterable[Handwriting], on_writer: OnWriter | None) -> str:
+    """Write a store and return the hash of its images."""
+    columns, all_images = Columns(), hashlib.sha256()
     seen: set[str] = set()
     skipped = 0
     with (folder / "images.u8").open("wb") as images, (folder / "labels.u8").open("wb") as labels:
@@ -344,7 +494,9 @@ def _write(folder: Path, writers: Iterable[Handwriting], on_writer: OnWriter | N
             if not len(writer.labels):
                 skipped += 1
                 continue
-            images.write(np.ascontiguousarray(writer.images).data)
+            pixels = np.ascontiguousarray(writer.images).data
+            images.write(pixels)
+            all_images.update(pixels)
             labels.write(writer.labels.astype(np.uint8).tobytes())
             columns.append(writer)
             if on_writer:
@@ -356,6 +508,7 @@ def _write(folder: Path, writers: Iterable[Handwriting], on_writer: OnWriter | N
         raise UserError(f"the dataset has no images ({skipped} writers, all of them empty)")
     check = _sha256((folder / "labels.u8").read_bytes())
     _write_index(folder, columns, skipped, labels_sha256=check)
+    return all_images.hexdigest()
 
 
 def _sha256(content: bytes | memoryview) -> str:
@@ -369,7 +522,17 @@ def _write_index(folder: Path, columns: Columns, skipped_writers: int, **more: s
 
 
 def _check(writer: Handwriting) -> None:
-    images, labels = writer.images, writer.labels
+    images, labels, name = writer.images, writer.labels, printable(writer.name)
+    if len(writer.name) > MOST_NAME_CHARACTERS:
+        raise UserError(
+            f"writer {name}: a name of {len(writer.name):,} characters; expected at most "
+            f"{MOST_NAME_CHARACTERS:,}; shorten the name"
+        )
+    if not writer.name.isascii() and any("\ud800" <= char <= "\udfff" for char in writer.name):
+        raise UserError(
+            f"writer {name}: the name holds half a character; expected Unicode text; rename the "
+            "writer"
+        )
     if images.dtype != np.uint8 or images.shape != (len(labels), 28, 28):
         raise UserError(
             f"writer {printable(writer.name)}: images are {images.dtype} {images.shape} for "

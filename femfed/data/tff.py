@@ -32,7 +32,6 @@ from heapq import merge
 from itertools import groupby, islice
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 from urllib.parse import quote
 
@@ -42,15 +41,34 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from femfed import UserError
-from femfed.data.source import Dataset, Published, fingerprint, located, unreadable
-from femfed.data.store import CLASSES, Bytes, Handwriting, OnWriter, WriterStore, stored
+from femfed import UserError, printable
+from femfed.data.source import (
+    Dataset,
+    Published,
+    files_in,
+    folder_that_fits,
+    inside,
+    located,
+    most_images,
+    other_layout,
+    stored_files,
+    unreadable,
+)
+from femfed.data.store import (
+    CLASSES,
+    Bytes,
+    Handwriting,
+    OnWriter,
+    WriterStore,
+    scratch_folder,
+)
 
 PIXELS = 28 * 28
 PER_NUMBER = 100  # writers that share a number, as in LEAF's shards
 HDF5 = (".h5", ".hdf5")
 SQLITE = (".sqlite", ".sqlite3")
 PACKED = (".lzma", ".xz")
+ENDS = (*HDF5, *SQLITE, *PACKED)
 EXPECTED = (
     "the folder that holds TFF's fed_emnist_train.h5 and fed_emnist_test.h5 or emnist_all.sqlite"
 )
@@ -63,9 +81,14 @@ AGAIN = "copy or download the file again"
 # Declared sizes cost a broken file nothing: what is beyond these is refused before it is read.
 MOST_IMAGES = 50_000  # of one writer in one half, where TFF's have some hundreds
 MOST_UNPACKED = 16 << 30  # bytes, where emnist_all.sqlite has 4.7e9
+FREE_UNPACKED = 1 << 26  # bytes that a packed file of any size may unpack to
+MOST_RATIO = 500  # bytes for every packed one, beyond those; of TFF's, some 30
 MOST_MEMORY = 256 << 20  # bytes to unpack with, where xz -9 needs 65 MiB
 MOST_BLOB = 1 << 20  # bytes of one image in SQLite, where TFF's have some 3,200
 CHUNK = 1 << 20
+MOST_LINE_CHARACTERS = 300  # of what a library says
+STEP = 10_000  # SQLite's instructions from one look at how many there were to the next
+FREE_INSTRUCTIONS = 2_000_000  # of a file of any size, and one for every byte: a row has some 10
 
 
 @dataclass(frozen=True)
@@ -105,33 +128,37 @@ class Tff(Dataset):
             files = self._find(root)
         except OSError as error:
             raise unreadable(Path(error.filename or root), error) from error
-        source = {"dataset": self.name, "path": str(root), "files": fingerprint(root, files)}
+        source = {"dataset": self.name}
         with ExitStack() as stack:
-            return stored(
-                cache, source, lambda: _writers(self._halves(files, cache, stack)), on_writer
+            return stored_files(
+                cache,
+                source,
+                root,
+                files,
+                lambda: _writers(self._halves(files, cache, stack)),
+                on_writer,
             )
 
     def _find(self, root: Path) -> list[Path]:
         """Return the train and the test file, or the one file that holds all there is."""
-        if root.is_file():
-            if root.suffix.lower() not in (*HDF5, *SQLITE, *PACKED):
+        if not root.is_dir():
+            other = other_layout(root, ENDS)
+            if other or root.suffix.lower() not in ENDS:
+                what = other or f"unpack an archive first (tar xjf {self.prefix}.tar.bz2)"
                 raise UserError(
                     f"dataset.path={root} is neither HDF5 nor SQLite by its name; expected .h5, "
-                    ".sqlite or .sqlite.lzma; unpack an archive first (tar xjf "
-                    f"{self.prefix}.tar.bz2)"
+                    f".sqlite or .sqlite.lzma; {'it is ' if other else ''}{what}"
                 )
             return [root]
-        # macOS leaves a hidden "._NAME" beside every NAME it packs or copies.
-        files = sorted(
-            file for file in root.iterdir() if file.is_file() and not file.name.startswith(".")
-        )
+        folder = folder_that_fits(root, lambda at: bool(files_in(at, ENDS))) or root
+        files = files_in(folder, ENDS)
         if hdf5 := _called(files, HDF5):
-            return self._halves_of(root, hdf5)
+            return self._halves_of(folder, hdf5)
         for suffixes in (SQLITE, PACKED):
             found = _called(files, suffixes)
             if len(found) > 1:
                 raise UserError(
-                    f"{root} holds {found[0].name} and {found[1].name}; expected one database; "
+                    f"{folder} holds {found[0].name} and {found[1].name}; expected one database; "
                     f"give the one that is meant, dataset.path={found[0]}"
                 )
             if found:
@@ -139,7 +166,7 @@ class Tff(Dataset):
         raise UserError(
             f"no .h5 and no .sqlite files in {root}; expected {self.prefix}_train.h5 and "
             f"{self.prefix}_test.h5, or emnist_all.sqlite; unpack {self.prefix}.tar.bz2 and give "
-            "its folder with dataset.path=DIR"
+            f"its folder with dataset.path=DIR{inside(root, ENDS)}"
         )
 
     def _halves_of(self, root: Path, files: list[Path]) -> list[Path]:
@@ -183,8 +210,7 @@ class Tff(Dataset):
             return [_hdf5(*half, half is opened[0], self.labels) for half in opened]
         database = file
         if file.suffix.lower() in PACKED:
-            folder = stack.enter_context(TemporaryDirectory(prefix=".tff-", dir=cache))
-            database = Path(folder) / "unpacked.sqlite"
+            database = stack.enter_context(scratch_folder(cache, "tff")) / "unpacked.sqlite"
             _unpack(file, database)
         connection = _database(database, file, stack)
         counts = [_counts(connection, file, split) for split in self.splits]
@@ -211,6 +237,7 @@ class TffDigits(Tff):
     name = "tff_digits"
     variant = "TFF federated EMNIST, digits only"
     published = Published(writers=3_383, images=341_873 + 40_832)
+    digits_only = True
 
     prefix = "fed_emnist_digitsonly"
     splits = ("digits_only_train", "digits_only_test")
@@ -286,15 +313,16 @@ def _named(file: Path, name: str) -> str:
     """Return where a writer stands, in words; a name of control characters would break the line."""
     if not name.isprintable():
         raise UserError(
-            f"{file}: a writer is called {name!a}; expected a printable name such as "
+            f"{file}: a writer is called '{printable(name)}'; expected a printable name such as "
             f"f0000_14; {AGAIN}"
         )
-    return f"{file}: writer {name}"
+    return f"{file}: writer {name:.80}"
 
 
 def _line(error: Exception) -> str:
     """Return what a library says, which may quote bytes of a broken file, as one line."""
-    return "".join(letter if letter.isprintable() else "?" for letter in str(error))
+    said = str(error)[:MOST_LINE_CHARACTERS]
+    return "".join(letter if letter.isprintable() else "?" for letter in said)
 
 
 @contextmanager
@@ -321,11 +349,15 @@ def _hdf5_file(file: Path, stack: ExitStack) -> h5py.File:
 def _hdf5(opened: h5py.File, file: Path, is_train: bool, classes: int) -> Iterator[_Part]:
     with _hdf5_of(file):
         examples = _member(opened, "examples", h5py.Group, str(file))
+        names: dict[Any, str] = {}  # of each writer's group in the file
+        images, most = 0, most_images([file])
         for name in sorted(map(os.fsdecode, examples)):  # h5py gives bytes where UTF-8 fails
             where = _named(file, name)
             writer = _member(examples, name, h5py.Group, where)
+            _check_single(writer, names, where)
             pixels = _member(writer, "pixels", h5py.Dataset, where)
             labels = _member(writer, "label", h5py.Dataset, where)
+            _check_single(pixels, names, where)
             n = len(labels) if labels.shape else 0
             for key, values, kinds, kind, shape in (
                 ("label", labels, "iu", "int32", (n,)),
@@ -337,6 +369,12 @@ def _hdf5(opened: h5py.File, file: Path, is_train: bool, classes: int) -> Iterat
                         f"{shape}, one entry an image; {AGAIN}"
                     )
                 _check_size(values, f"{where}: {key}")
+            images += n
+            if images > most:
+                raise UserError(
+                    f"{where}: {images:,} images and more; expected at most {most:,} in a file of "
+                    f"its size; {AGAIN}"
+                )
             yield _part(where, name, is_train, pixels[:], labels[:], classes)
 
 
@@ -356,6 +394,16 @@ def _member(parent: h5py.Group, key: str, kind: type[h5py.HLObject], where: str)
             f"{where}: {key} is a {type(member).__name__}; expected a {kind.__name__}; {AGAIN}"
         )
     return member
+
+
+def _check_single(member: h5py.HLObject, names: dict[Any, str], where: str) -> None:
+    """Refuse what stands in the file once and is linked to under two names."""
+    address = h5py.h5o.get_info(member.id).addr
+    if (other := names.setdefault(address, where)) != where:
+        raise UserError(
+            f"{where}: {printable(member.name)} is the same data as of {other}; expected data of "
+            f"its own for every writer; {AGAIN}"
+        )
 
 
 def _check_size(values: h5py.Dataset, where: str) -> None:
@@ -396,7 +444,32 @@ def _database(database: Path, file: Path, stack: ExitStack) -> sqlite3.Connectio
         address = f"file:{quote(os.fsencode(database))}?mode=ro&immutable=1"
         connection = stack.enter_context(closing(sqlite3.connect(address, uri=True)))
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MOST_BLOB)
+        left = (FREE_INSTRUCTIONS + database.stat().st_size) // STEP
+
+        def is_too_much() -> bool:
+            nonlocal left
+            left -= 1
+            return left < 0
+
+        connection.set_progress_handler(is_too_much, STEP)
+        for table in ("client_metadata", "examples"):
+            _check_table(connection, file, table)
         return connection
+
+
+def _check_table(connection: sqlite3.Connection, file: Path, table: str) -> None:
+    """Refuse what is computed rather than stored: a view may have rows without end."""
+    kinds = connection.execute(
+        "SELECT type, rootpage FROM sqlite_master WHERE name = ?", (table,)
+    ).fetchall()
+    for kind, page in kinds:
+        computed = connection.execute(
+            "SELECT count(*) FROM pragma_table_xinfo(?) WHERE hidden != 0", (table,)
+        ).fetchone()[0]
+        if kind != "table" or not page or computed:
+            raise UserError(
+                f"{file}: {table} is computed, not stored; expected the tables {TABLES}; {AGAIN}"
+            )
 
 
 def _counts(connection: sqlite3.Connection, file: Path, split: str) -> dict[str, int]:
@@ -408,9 +481,11 @@ def _counts(connection: sqlite3.Connection, file: Path, split: str) -> dict[str,
         ):
             valid = isinstance(name, str) and isinstance(count, int) and 0 <= count <= MOST_IMAGES
             if not valid or name in counts:
-                problem = "stands there twice" if valid else f"has {count!a} num_examples"
+                shown = f"has {count!a:.80} num_examples"
+                problem = "stands there twice" if valid else shown
                 raise UserError(
-                    f"{file}: client_metadata, split {split}: client {name!a} {problem}; expected "
+                    f"{file}: client_metadata, split {split}: client "
+                    f"{name!a:.80} {problem}; expected "
                     f"every client once, by a name, with a number up to {MOST_IMAGES:,}; {AGAIN}"
                 )
             counts[name] = count
@@ -465,7 +540,7 @@ def _example(text: Any, where: str, at: int) -> tuple[bytes, int]:
     for key in ("pixels", "label"):
         if key not in features:
             raise UserError(
-                f"{where}: image {at} has no {key}, only {list(features)!a}; expected the "
+                f"{where}: image {at} has no {key}, only {list(features)!a:.200}; expected the "
                 f"features pixels and label; {AGAIN}"
             )
     pixels, label = features["pixels"].float_list.value, features["label"].int64_list.value
@@ -516,6 +591,7 @@ Example = _message()
 def _unpack(packed: Path, database: Path) -> None:
     """Write what the LZMA file `packed` holds to the file `database`, piece by piece."""
     repair = f"{AGAIN}, or unpack it yourself (xz -d {packed.name})"
+    most = min(MOST_UNPACKED, FREE_UNPACKED + MOST_RATIO * packed.stat().st_size)
     decompressor, size = lzma.LZMADecompressor(memlimit=MOST_MEMORY), 0
     try:
         source = packed.open("rb")
@@ -532,9 +608,9 @@ def _unpack(packed: Path, database: Path) -> None:
                     )
                 piece = decompressor.decompress(text, CHUNK)
                 size += len(piece)
-                if size > MOST_UNPACKED:
+                if size > most:
                     raise UserError(
-                        f"{packed} unpacks to more than {MOST_UNPACKED:,} bytes; expected "
+                        f"{packed} unpacks to more than {most:,} bytes; expected "
                         f"emnist_all.sqlite with about 4,700,000,000; {repair}"
                     )
                 target.write(piece)
