@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 
-from femfed import UserError, command_line, config, escape_unencodable
+from femfed import UserError, command_line, config, escape_unencodable, one_line
 from femfed.data.overview import overview, sheet, table
 from femfed.data.source import Dataset
 from femfed.data.store import WriterStore
@@ -34,14 +34,15 @@ def main(arguments: list[str]) -> int:
         dataset = config.make(cfg.dataset, "dataset")
         store, members, remarks = writers_of(dataset, cfg)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {error}; give another folder, cache=DIR", file=sys.stderr)
         return 2
+    variant = dataset.variant_of(store)
     published = int((store.train_examples[members] >= 0).sum())
     lines = [
-        *table(dataset.variant, overview(store, members)),
+        *table(variant, overview(store, members)),
         ("partition", dataset.partition),
         (
             "split",
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> int:
     path = Path("outputs") / f"{dataset.name.split()[0]}_{dataset.partition}.png"
     shown = members[np.linspace(0, len(members) - 1, min(SHOWN, len(members))).astype(int)]
     names = [store.names[index] for index in shown]
-    title = f"{dataset.variant}, partition {dataset.partition}: {len(shown)} of {len(members)}"
+    title = f"{variant}, partition {dataset.partition}: {len(shown)} of {len(members)}"
     try:
         path.parent.mkdir(exist_ok=True)
         draw_sheet(path, title, names, sheet(store, shown))

@@ -19,12 +19,25 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from femfed import UserError
 from femfed.data.source import Dataset
-from femfed.data.store import CHARACTERS, CLASSES, Bytes, Handwriting, OnWriter, WriterStore, stored
+from femfed.data.store import (
+    CHARACTERS,
+    CLASSES,
+    Bytes,
+    Handwriting,
+    OnWriter,
+    WriterStore,
+    check_room,
+    stored,
+)
 from femfed.seeds import generator
 
 VERSION = 1  # raise it when a writer changes: stores drawn before are then drawn again
 SIDE = 28  # pixels
+MOST_WRITERS = 1_000_000
+MEAN_IMAGES = 227  # of a writer
+IMAGE_BYTES = SIDE * SIDE + 1  # in a store, with its label
 SHARD = 100  # writers that share a shard number
 CAPITALS, SMALL = 10, 36  # labels the capitals and the small letters begin at
 
@@ -191,9 +204,25 @@ class Glyphs(Dataset):
 
     def convert(self, cache: Path, writers: int, on_writer: OnWriter | None = None) -> WriterStore:
         """Return the store of `self.writers` writers, or of as many as are wanted."""
-        count = writers if self.writers is None else self.writers
+        count = self.writers_made(writers)
         source = {"dataset": "glyphs", "version": VERSION, "seed": self.seed, "writers": count}
-        return stored(cache, source, lambda: _hands(self.seed, count), on_writer)
+
+        def hands() -> Iterator[Handwriting]:
+            check_room(cache, count * MEAN_IMAGES * IMAGE_BYTES)
+            return _hands(self.seed, count)
+
+        return stored(cache, source, hands, on_writer)
+
+    def writers_made(self, writers: int) -> int:
+        """Return `self.writers`, or as many as are wanted."""
+        count = writers if self.writers is None else self.writers
+        if count > MOST_WRITERS:
+            asked = "clients and evaluate.unseen_fraction ask for"
+            raise UserError(
+                f"{f'dataset.writers={self.writers}:' if self.writers else asked} {count:,} "
+                f"writers; expected at most {MOST_WRITERS:,}; lower them"
+            )
+        return count
 
 
 def _hands(seed: int, writers: int) -> Iterator[Handwriting]:

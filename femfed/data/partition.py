@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from femfed import UserError
 from femfed.data.source import Dataset
 from femfed.data.store import CLASSES, Columns, Rows, View, WriterStore, viewed
 from femfed.seeds import generator
@@ -66,6 +67,13 @@ def partition(
             writer, rows = store.writer(index, test_fraction, seed), store.rows_of(index)
             train.append(rows[writer.train])
             test.append(rows[writer.test])
+        pieces, images = len(clients) * dataset.shards, sum(map(len, train))
+        if dataset.partition == "shards" and pieces > images:
+            raise UserError(
+                f"dataset.shards={dataset.shards}: {len(clients):,} clients would share out "
+                f"{pieces:,} pieces of {images:,} training images; expected at most "
+                f"{images // len(clients)} a client; lower dataset.shards"
+            )
         columns, parts = Columns(), []
         dealt = _deal(dataset, store.labels, train, test, seed)
         for client, (own, held_out) in enumerate(dealt):

@@ -22,6 +22,7 @@ from femfed.data.store import (
     OnWriter,
     View,
     WriterStore,
+    check_room,
     stored_by_content,
     viewed,
 )
@@ -32,6 +33,7 @@ WORDS = {"digits": "0-9", "capitals": "A-Z", "small": "a-z"}
 SUBSETS = (26, 36, 47)  # numbers of classes of other sets: letters, one case, EMNIST's merged ones
 FREE_IMAGES = 100_000  # that files of any size may hold
 LEAST_IMAGE_BYTES = 16  # of an image in a file, however well it is packed, beyond those
+MOST_FILE_BYTES = 8  # of a file for a byte of its store: LEAF's JSON has 6
 DARK = 64  # grey below which a pixel of the border is dark; the paper of black scans has 0
 DARK_SHARE = 0.9  # of an image's border where the paper is dark
 MOST_FOLDERS = 1000  # that are looked into for the dataset's files
@@ -118,6 +120,14 @@ class Dataset(ABC):
         Raises:
             UserError: the source is not there, or not what it should be.
         """
+
+    def writers_made(self, writers: int) -> int | None:
+        """Return how many writers a source makes if it is asked for so many; None if it has them.
+
+        Raises:
+            UserError: these are too many.
+        """
+        return None
 
     def select(self, everything: WriterStore) -> WriterStore:
         """Return the writers and images that `classes`, `fraction` and `min_images` keep.
@@ -462,7 +472,13 @@ def stored_files(
     """
     place = {**source, "path": str(root), "files": fingerprint(root, files)}
     most = most_images(files)
-    return stored_by_content(cache, place, lambda: _checked(writers(), root, most), on_writer)
+    least_bytes = sum(file.stat().st_size for file in files) // MOST_FILE_BYTES
+
+    def checked() -> Iterator[Handwriting]:
+        check_room(cache, least_bytes)
+        return _checked(writers(), root, most)
+
+    return stored_by_content(cache, place, checked, on_writer)
 
 
 def _checked(writers: Iterable[Handwriting], root: Path, most: int) -> Iterator[Handwriting]:

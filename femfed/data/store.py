@@ -416,6 +416,21 @@ def _rename(partial: Path, folder: Path) -> None:
             raise
 
 
+def check_room(cache: Path, needed_bytes: int) -> None:
+    """Refuse to write a store that does not fit on the disk.
+
+    Raises:
+        UserError: less is free where `cache` is.
+    """
+    free_bytes = shutil.disk_usage(cache).free
+    if needed_bytes > free_bytes:
+        raise UserError(
+            f"the dataset takes {needed_bytes / 1e9:,.1f} GB or more in the cache {cache}, where "
+            f"{free_bytes / 1e9:,.1f} GB are free; make room there or give another folder with "
+            "cache=DIR"
+        )
+
+
 @contextlib.contextmanager
 def _one_line(cache: Path) -> Iterator[None]:
     """Say what the system refuses while a store is written as a user's mistake."""

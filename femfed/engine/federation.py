@@ -35,8 +35,9 @@ def draw_federation(
     """Draw the clients from the front and the unseen writers from the back of one permutation.
 
     So on the same writers a smaller federation is a part of a larger one, and the unseen writers
-    stay the same however many clients there are (as long as enough writers are left). Where the
-    dataset itself keeps writers apart, the unseen ones are drawn from those instead.
+    stay the same however many clients there are (as long as enough writers are left). Writers whom
+    the dataset itself keeps apart come first: at least one of them is unseen, and others are only
+    if there are too few of them.
 
     Args:
         seed: seed of the run.
@@ -54,8 +55,11 @@ def draw_federation(
             f"expected clients <= {len(trainable)}"
         )
     order = generator(seed, "federation").permutation(trainable)
-    others = generator(seed, "unseen").permutation(apart) if len(apart) else order[clients:]
-    unseen = min(round(unseen_fraction * len(trainable)), len(others))
+    others = np.concatenate([order[clients:], generator(seed, "unseen").permutation(apart)])
+    unseen = round(unseen_fraction * len(trainable))
+    if unseen_fraction and len(apart):
+        unseen = max(unseen, 1)
+    unseen = min(unseen, len(others))
     return Federation(order[:clients], others[len(others) - unseen :])
 
 
@@ -85,10 +89,13 @@ def open_federation(
         UserError: the dataset is not what it should be, or has fewer writers than clients.
     """
     on_status(f"opening the dataset {dataset.name}")
+    wanted = round(clients / (1 - unseen_fraction))
+    total = dataset.writers_made(wanted)
+    of = f" of {total:,}" if total else ""
     everything = dataset.convert(
         cache,
-        round(clients / (1 - unseen_fraction)),
-        lambda count: None if count % 200 else on_status(f"converting: {count} writers"),
+        wanted,
+        lambda count: None if count % 200 else on_status(f"converting: {count:,}{of} writers"),
     )
     for line in dataset.remarks(everything):
         on_message(line)
@@ -97,6 +104,12 @@ def open_federation(
     apart = np.flatnonzero(store.apart)
     federation = draw_federation(seed, trainable, apart, clients, unseen_fraction)
     unseen = round(unseen_fraction * len(trainable))
+    if len(apart) and unseen_fraction:
+        both = int(np.isin(federation.unseen, apart).sum())
+        on_message(
+            f"{len(apart):,} writers are kept apart by the source; {both:,} of them are evaluated "
+            "as unseen writers (evaluate.unseen_fraction)"
+        )
     if len(federation.unseen) < unseen:
         on_message(
             f"{len(federation.unseen)} unseen writers instead of {unseen}: "
