@@ -9,12 +9,10 @@ From the config to objects, from objects to the engine, from the engine to the r
 import contextlib
 import functools
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import hydra
@@ -25,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from femfed import (
+    EngineError,
     RunError,
     Stopped,
     UserError,
@@ -33,7 +32,7 @@ from femfed import (
     config,
     escape_unencodable,
     one_line,
-    stop,
+    stoppable,
 )
 from femfed.folder import discard, how_to_resume, noise_to, owned
 
@@ -42,6 +41,7 @@ from femfed.folder import discard, how_to_resume, noise_to, owned
 
 started = time.perf_counter()
 exit_codes: list[int] = []  # of the runs that failed
+broken: list[EngineError] = []  # errors after which this process cannot end in peace
 finished: list[Path] = []  # folders of the runs that did not
 composed: list[DictConfig] = []  # configs that Hydra made without a complaint
 sweep_sizes: list[int] = []  # runs of the sweep, if this is one
@@ -94,7 +94,10 @@ def simulate(cfg: DictConfig) -> None:
         exit_codes.append(fail(place.prefix + said, 2))
     except RunError as error:
         said, _, trace = str(error).partition("\n")
+        how = ended() if (folder / "rounds.csv").exists() else ""
+        said = "; ".join(filter(None, [said, how]))
         exit_codes.append(fail(place.prefix + said, 1))
+        broken.extend([error] if isinstance(error, EngineError) else [])
         print(trace, end="\n" if trace else "", file=sys.stderr)
     except OSError as error:
         how = ended()
@@ -103,7 +106,7 @@ def simulate(cfg: DictConfig) -> None:
     except Stopped as stopped:
         done = f"{len(finished)} runs done" if hydra_config.mode is RunMode.MULTIRUN else ""
         fail("; ".join(filter(None, ["stopped", done, ended()])), 0)
-        leave(stopped)
+        leave(128 + stopped.signal, stopped)
     except Exception:
         if how := ended():
             fail(place.prefix + how, 1)
@@ -263,27 +266,28 @@ def end_engines() -> None:
             engines.close()
 
 
-def leave(stopped: Stopped) -> None:
-    """End this process now: imports that other threads are at would take their seconds first."""
-    engines.__exit__(type(stopped), stopped, None)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(128 + stopped.signal)
+def leave(code: int, error: BaseException) -> None:
+    """End this process now.
 
-
-def on_signal(number: int, frame: FrameType | None) -> None:
-    """Stop what has no handler of its own yet; what it leaves is removed in peace."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    stop(number)
+    Imports that other threads are at would take their seconds first, and Ray without its servers
+    would wait for them.
+    """
+    engines.__exit__(type(error), error, None)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def main() -> None:
     """Run what the command line says; a user's mistake is one line and exit code 2."""
     escape_unencodable()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print and exit with 1 on
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+    with stoppable():
+        _main()
+
+
+def _main() -> None:
     line = command_line.CommandLine()
     try:
         line = command_line.parse(config.in_place(sys.argv[1:]))
@@ -308,13 +312,15 @@ def main() -> None:
         exit_codes.append(fail(f"{error}; give another {key}", 2))
     except Stopped as stopped:
         fail("stopped", 0)
-        leave(stopped)
+        leave(128 + stopped.signal, stopped)
     except Exception as error:
         if composed:
             raise
         exit_codes.append(fail(config.explain(error, line), 2))  # Hydra's parsers raise many kinds
     finally:
         end_engines()
+    if broken:
+        leave(max(exit_codes), broken[0])
     sys.exit(max(exit_codes, default=0))
 
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,10 @@ PICTURES_AND_TABLES = ("matplotlib", "pandas", "PIL")  # imported with Keras whe
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's numbers of them
 _AGAIN = 0.2  # seconds
+terminal = [2]  # the descriptor of stderr, wherever noise is redirected
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that stop a run
+_received: list[int] = []  # those of them that came
+_cleanups: list[Callable[[], object]] = []  # of blocks that have begun
 
 
 @contextlib.contextmanager
@@ -158,6 +163,10 @@ class RunError(RuntimeError):
     """The run cannot go on, and says why in a line; `simulate.py` exits with code 1."""
 
 
+class EngineError(RunError):
+    """Ray does not start, or its servers have ended: this process can run nothing with Ray more."""
+
+
 class Stopped(BaseException):  # no Exception: a sweep stops as a whole
     """The run was stopped by a signal.
 
@@ -190,6 +199,53 @@ def stop(number: int) -> None:
             return
         handled = handled.__context__
     raise Stopped(number)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Raise `Stopped` in the block at the first signal of `STOPPING`; end at once at the second.
+
+    A SIGHUP that is ignored when the block begins, as below `nohup`, stays ignored.
+    """
+    if signal.getsignal(signal.SIGTERM) is _on_signal:  # a block around this one does it
+        yield
+        return
+    _received.clear()
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    handled = [number for number in STOPPING if number != signal.SIGHUP or not ignored]
+    before = {number: signal.signal(number, _on_signal) for number in handled}
+    try:
+        yield
+    finally:
+        if not _received:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def cleaned_up(cleanup: Callable[[], object]) -> Iterator[None]:
+    """Run a cleanup after the block, and before a second signal ends the process in it.
+
+    Args:
+        cleanup: may be called again before it has ended.
+    """
+    _cleanups.append(cleanup)
+    try:
+        yield
+    finally:
+        outlast(cleanup)
+        _cleanups.remove(cleanup)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    if _received:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # no other `Stopped` in between
+        for cleanup in reversed(_cleanups):
+            with contextlib.suppress(Exception):
+                cleanup()
+        os._exit(128 + number)
+    _received.append(number)
+    stop(number)
 
 
 def outlast(cleanup: Callable[[], object]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from femfed import UserError
+from femfed import UserError, terminal
 
 
 @contextlib.contextmanager
@@ -36,15 +36,15 @@ def noise_to(path: Path) -> Iterator[TextIO]:
     """Send what TensorFlow, Ray and their native code print to a file; yield the real stdout."""
     stdout = sys.stdout
     sys.stderr.flush()
-    terminal = os.dup(2)
+    terminal.append(os.dup(2))
     with path.open("a", buffering=1, encoding="utf-8") as file, contextlib.redirect_stdout(file):
         os.dup2(file.fileno(), 2)
         try:
             yield stdout
         finally:
             sys.stderr.flush()
-            os.dup2(terminal, 2)
-            os.close(terminal)
+            os.dup2(terminal[-1], 2)
+            os.close(terminal.pop())
 
 
 def discard(folder: Path, before: Collection[str]) -> None:

@@ -731,6 +731,7 @@ class Run:
         save_as: file for the final model, None to save none.
         saved: whether that is done.
         lost: how often a client's training ended its worker since the last finished round.
+        started: set once all workers have answered.
     """
 
     job: Job
@@ -744,6 +745,7 @@ class Run:
     save_as: Path | None = None
     saved: bool = False
     lost: Counter[int] = field(default_factory=Counter)
+    started: threading.Event = field(default_factory=threading.Event)
 
     @property
     def shared_bytes(self) -> int:
@@ -832,6 +834,7 @@ def _take_to_end(run: Run, folder: Path | None, grid: Grid, stop: threading.Even
     with Outbox(folder, parameters, 1 + strategy.sends_extra, 1 + len(strategy.broadcasts)) as box:
         workers = GridWorkers(run.job, grid, box, stop, run.on_clients, run.on_status)
         run.weights = weights = workers.start(run.weights, run.finished)
+        run.started.set()
         run.state = state = strategy.init(weights) if run.state is None else run.state
         rounds = run_rounds(run.job.schedule, strategy, workers, weights, state, run.finished)
         for finished in rounds:

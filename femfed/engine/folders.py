@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from femfed import outlast
+from femfed import cleaned_up
 
 LOCK = "lock"  # file that a process keeps locked in its folder
 
@@ -23,18 +23,27 @@ class OwnedFolder:
     def __init__(self, place: Path, prefix: str) -> None:
         remove_abandoned(place, prefix)
         hidden = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=place))
-        self._lock = (hidden / LOCK).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)  # before the folder has a name that others look for
-        self.path = hidden.rename(place / hidden.name.removeprefix("."))
+        try:
+            self._lock = (hidden / LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)  # before the folder has a name to look for
+            self.path = hidden.rename(place / hidden.name.removeprefix("."))
+        except BaseException:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise
+        self._removed = contextlib.ExitStack()
 
     def __enter__(self) -> "OwnedFolder":
+        self._removed.enter_context(cleaned_up(self._remove))
         return self
 
     def __exit__(self, *_: object) -> None:
         try:
-            outlast(lambda: shutil.rmtree(self.path, ignore_errors=True))
+            self._removed.close()
         finally:
             self._lock.close()
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def remove_abandoned(place: Path, prefix: str) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +96,60 @@ def check_address_space(needed: int) -> None:
             f"least {needed / 2**30:.1f} GiB; raise the limit (ulimit -v unlimited, or h_vmem or "
             "its like of a cluster)"
         )
+
+
+def tasks_left() -> int:
+    """Return how many processes and threads the groups of this process, and its user, may add."""
+    left = [limit - used for limit, used in map(_task_group, _task_groups())]
+    limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if os.getuid() and limit != resource.RLIM_INFINITY:  # root's are not counted
+        left.append(limit - _tasks_of(os.getuid()))
+    return max(0, min(left, default=sys.maxsize))
+
+
+def task_limit() -> int:
+    """Return the lowest limit of processes and threads that holds for this process."""
+    limits = [_task_group(folder)[0] for folder in _task_groups()]
+    limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if os.getuid() and limit != resource.RLIM_INFINITY:
+        limits.append(limit)
+    return min(limits, default=sys.maxsize)
+
+
+def refused_tasks() -> int:
+    """Return how often the system has refused this process's groups another process or thread."""
+    counts = [0]
+    for folder in _task_groups():
+        with contextlib.suppress(OSError, ValueError):
+            counts.append(_number("max", folder / "pids.events"))
+    return sum(counts)
+
+
+def _task_groups() -> Iterator[Path]:
+    """Yield the folders of this process's groups that limit tasks."""
+    for folder in _groups("pids", _GROUP, _OWN):
+        if (folder / "pids.max").exists():
+            yield folder
+
+
+def _task_group(folder: Path) -> tuple[int, int]:
+    """Return the limit of tasks in a group, and how many there are."""
+    try:
+        limit = (folder / "pids.max").read_text().strip()
+        used = int((folder / "pids.current").read_text())
+        return (sys.maxsize if limit == "max" else int(limit)), used
+    except (OSError, ValueError):
+        return sys.maxsize, 0
+
+
+def _tasks_of(user: int) -> int:
+    """Return how many processes and threads of a user this process sees."""
+    count = 0
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            if path.stat().st_uid == user:
+                count += _number("Threads:", path / "status")
+    return count
 
 
 def peak_memory(process: int | str = "self") -> int:

@@ -9,8 +9,11 @@ import logging
 import os
 import re
 import secrets
+import select
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -18,26 +21,32 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from femfed import (
+    STOPPING,
+    EngineError,
     Stopped,
     UserError,
-    drop_settings,
+    cleaned_up,
     keep_freed_memory,
     light_imports,
-    outlast,
     printable,
-    stop,
+    stoppable,
+    terminal,
 )
 from femfed.engine.folders import OwnedFolder
-from femfed.engine.footprint import available_memory, check_address_space
+from femfed.engine.footprint import (
+    available_memory,
+    check_address_space,
+    refused_tasks,
+    task_limit,
+    tasks_left,
+)
 
 if TYPE_CHECKING:
     from femfed.engine.apps import Run
 
-drop_settings(("RAY_",))  # a user's, made for another Ray
 
 RESTARTS = 3  # of the engine in a row without a finished round in between
 WORKER_MEMORY = 700 * 2**20  # bytes of a worker without a model: TensorFlow, Flower, Ray
@@ -60,8 +69,19 @@ ENVIRONMENT = {  # of Ray, instead of the user's
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+SERVERS = ("gcs_server", "raylet")  # names of their processes
 WORKERS = ("ray::", "default_worker.py")  # in the command line of a worker
+BASE_TASKS, WORKER_TASKS = 110, 28  # processes and threads of Ray and of a worker, on two cores
+LOOPBACK, LOOPBACK_S = "127.0.0.1", 5.0
 PATIENCE = 4  # seconds that a stopped run may write
+LOOK_S = 0.1  # between two looks at what starts
+START_S = 60.0  # that what starts may do nothing
+WORK_S = 2.0  # of processors' time: workers that have done so much more are at something
+SILENT = f"no answer for {START_S:.0f} s"
+LEFT = b"\0"  # no signal has this number
+GRACE_S = 4.0  # that a process has to end, after a signal or after `START_S`
+REFUSED_S = 10.0  # that what starts may take when the system has refused it a process
+END_S = 30.0  # that Flower's engine may take to end
 SERVER_PATIENCE = 4  # seconds that Ray's server is looked for; then Ray asks once a second
 CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux's prctl
 API_SERVER, PARAMETERS = "start_api_server", "RayParams"
@@ -78,6 +98,9 @@ SHARED_MEMORY = "/dev/shm"
 OBJECT_STORE = 128 * 2**20  # bytes; enough for messages that hold names and numbers
 
 
+_failures: list[str] = []  # of Ray in this process
+
+
 class RayEngine:
     """Workers in processes of their own, started when entered and ended when left.
 
@@ -90,12 +113,15 @@ class RayEngine:
         parameters: of the model, for an estimate of the workers' memory.
 
     Raises:
-        UserError: there is not memory enough for so many workers.
+        UserError: there is not memory enough for so many workers, or not room for so many
+            processes, or no loopback address.
     """
 
     def __init__(self, workers: int, by_value: bool, parameters: int) -> None:
         _check_memory(workers, parameters)
         check_address_space(ADDRESS_BYTES)
+        _check_tasks(workers)
+        _check_loopback()
         keep_freed_memory()
         self.workers = workers
         self._object_store = None if by_value else OBJECT_STORE
@@ -112,7 +138,7 @@ class RayEngine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
-        if kind is Stopped:
+        if kind is not None and issubclass(kind, Stopped | EngineError):
             self._ray.__exit__(kind, *error)  # at once, whatever Flower is at
             return
         try:
@@ -129,13 +155,14 @@ class RayEngine:
             folder: the run's folder, used where there is too little shared memory.
 
         Raises:
-            Stopped: SIGINT or SIGTERM asked the run to stop.
+            Stopped: a signal asked the run to stop.
+            EngineError: workers do not start, or Ray's servers have ended.
             LostWorkerError: workers were lost again and again without a finished round in between.
         """
         from femfed.engine.apps import LostWorkerError, travelling
 
         lost_at, losses = -1, 0
-        with travelling(run, folder) as shared, _stoppable(lambda: [self._temporary, shared]):
+        with stoppable(), travelling(run, folder) as shared:
             while not run.done:
                 try:
                     self._serving(run.job.nodes).federate(run, shared)
@@ -148,6 +175,9 @@ class RayEngine:
                         raise
                     reason = str(error).splitlines()[0]
                     run.on_status(f"lost a worker, runs round {run.finished + 1} again ({reason})")
+                except EngineError:
+                    self._flower = None  # it would be waited for
+                    raise
                 except Exception:
                     self._end()  # who knows what its workers are at
                     raise
@@ -193,9 +223,14 @@ class _Flower:
     def federate(self, run: "Run", shared: Path | None) -> None:
         """Take `run` to its end or to what keeps it from there, which is raised."""
         self._runs.put((run, shared))
+        watch = StartWatch("workers")
         try:
-            error = self._ends.get()
-        except Stopped:
+            while True:
+                with contextlib.suppress(Empty):
+                    error = self._ends.get(timeout=LOOK_S)
+                    break
+                watch.check(started=run.started.is_set())
+        except (Stopped, EngineError):
             self._stop.set()
             for pid in _descendants(*WORKERS):  # else one would wait for them
                 _send(pid, signal.SIGKILL)
@@ -203,12 +238,13 @@ class _Flower:
                 self._ends.get(timeout=PATIENCE)  # a round that is finished is written
             raise
         if error is not None:
+            watch.check(started=True)  # the end of a server shows as many an error
             raise error
 
     def end(self) -> None:
-        """End the engine, and Ray with it."""
+        """End the engine, and Ray with it; one that does not end is left alone with its thread."""
         self._runs.put(None)
-        self._thread.join()
+        self._thread.join(END_S)
 
     def _serve(self) -> None:
         from flwr.simulation import run_simulation
@@ -242,6 +278,30 @@ def _check_memory(workers: int, parameters: int) -> None:
         )
 
 
+def _check_tasks(workers: int) -> None:
+    needed, left = BASE_TASKS + WORKER_TASKS * workers, tasks_left()
+    if needed > left:
+        raise UserError(
+            f"{workers} workers need about {needed} processes and threads, of which {left} are "
+            f"left below the limit of {task_limit()} (pids.max, ulimit -u); expected room for "
+            "them: raise the limit, use fewer engine.workers, or engine=inline, which needs one "
+            "process only"
+        )
+
+
+def _check_loopback() -> None:
+    try:
+        with socket.socket() as free:
+            free.bind((LOOPBACK, 0))
+            free.listen()
+            socket.create_connection(free.getsockname(), timeout=LOOPBACK_S).close()
+    except OSError as error:
+        raise UserError(
+            f"no connection to {LOOPBACK} ({error}), over which Ray's processes talk; expected a "
+            "loopback interface that is up (ip link set lo up), or engine=inline, which needs none"
+        ) from error
+
+
 def _import() -> None:
     with light_imports(without=["tensorflow"]):  # which workers need only
         for module in ("femfed.engine.apps", "flwr.simulation"):
@@ -254,13 +314,15 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
 
     Yields the folder of its logs and sockets.
     """
+    if _failures:  # Ray cannot start again in this process
+        raise EngineError(_failures[0])
     with OwnedFolder(_place(), PREFIX) as owned, _adopting(), _settings():
         # TensorFlow and Flower take seconds to import, Ray takes seconds to start: both at once.
         imports = threading.Thread(target=_import)
         imports.start()
         import ray
 
-        on_sigterm, stopped = signal.getsignal(signal.SIGTERM), False
+        stopped = False
         python_path = os.environ.get("PYTHONPATH")
         # Workers import femfed as this process does, wherever it is started from.
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -268,48 +330,209 @@ def _ray(workers: int, object_store: int | None) -> Iterator[Path]:
         flower = logging.getLogger("flwr")
         level = flower.level
         flower.setLevel(logging.CRITICAL + 1)
-        object_store_folder = None  # Ray's own choice
-        if not os.access(SHARED_MEMORY, os.W_OK):  # absent or read-only: Ray would not start
-            object_store_folder = str(owned.path)
-            object_store = object_store or available_memory() // 4
         try:
-            try:
-                with _quick_start():
-                    ray.init(
-                        address="local",
-                        num_cpus=workers,
-                        num_gpus=0,
-                        include_dashboard=False,
-                        log_to_driver=False,
-                        configure_logging=False,
-                        logging_level=logging.CRITICAL,
-                        object_store_memory=object_store,
-                        _plasma_directory=object_store_folder,
-                        # Ray gives all users all rights in its folder. This one lies in a folder
-                        # that only its owner may enter.
-                        _temp_dir=str(owned.path / INSIDE),
-                        _system_config=dict(SETTINGS),  # into which Ray writes its folder
-                    )
-            except SystemExit:  # what another Ray makes of a SIGTERM while it starts
-                raise Stopped(signal.SIGTERM) from None
-            finally:
-                signal.signal(signal.SIGTERM, on_sigterm)  # and puts in this place
-            imports.join()
-            yield owned.path
-        except Stopped:
-            stopped = True
-            raise
+            with cleaned_up(functools.partial(_remove, owned.path)):
+                try:
+                    with _started(workers, object_store, owned.path / INSIDE):
+                        imports.join()
+                        yield owned.path
+                except Stopped:
+                    stopped = True  # this process ends now, and Ray would take its seconds
+                    raise
+                except EngineError as error:
+                    stopped = True  # Ray would wait for its servers
+                    _failures.append(str(error))
+                    raise
+                finally:
+                    if not stopped:
+                        ray.shutdown()
         finally:
-            try:
-                if not stopped:  # else this process ends now, and Ray would take its seconds
-                    ray.shutdown()
-            finally:
-                outlast(functools.partial(_remove, owned.path))
             flower.setLevel(level)
             if python_path is None:
                 del os.environ["PYTHONPATH"]
             else:
                 os.environ["PYTHONPATH"] = python_path
+
+
+@contextlib.contextmanager
+def _started(workers: int, object_store: int | None, folder: Path) -> Iterator[None]:
+    """Start Ray's servers in a thread, so that this one hears signals and sees what goes wrong.
+
+    The thread waits until the block ends: the servers end with the thread that has started them.
+
+    Args:
+        workers: processes that Ray may start.
+        object_store: bytes, None for as many as Ray takes.
+        folder: for Ray's files. Ray gives all users all rights in it.
+
+    Raises:
+        EngineError: a server ended, or there is none after `START_S` seconds.
+    """
+    import ray
+
+    ends: SimpleQueue[BaseException | None] = SimpleQueue()
+    over = threading.Event()
+
+    def start() -> None:
+        try:
+            ray.init(
+                address="local",
+                num_cpus=workers,
+                num_gpus=0,
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                logging_level=logging.CRITICAL,
+                object_store_memory=object_store,
+                _plasma_directory=object_store_folder,
+                _temp_dir=str(folder),
+                _system_config=dict(SETTINGS),  # into which Ray writes its folder
+            )
+        except BaseException as error:
+            ends.put(error)
+        else:
+            ends.put(None)
+            over.wait()
+
+    object_store_folder = None  # Ray's own choice
+    if not os.access(SHARED_MEMORY, os.W_OK):  # absent or read-only: Ray would not start
+        object_store_folder = str(folder.parent)
+        object_store = object_store or available_memory() // 4
+    with _quick_start(), _guarded(folder.parent):
+        threading.Thread(target=start, daemon=True).start()
+        watch = StartWatch("Ray's servers")
+        while True:
+            with contextlib.suppress(Empty):
+                error = ends.get(timeout=LOOK_S)
+                break
+            watch.check()
+    if error is not None:
+        raise watch.error(f"{type(error).__name__}: {error}") from error
+    try:
+        yield
+    finally:
+        over.set()
+
+
+@contextlib.contextmanager
+def _guarded(folder: Path) -> Iterator[None]:
+    """Let another process end this one if it neither leaves the block nor hears a signal.
+
+    Ray's native code holds Python's lock while it waits for its servers, without a deadline.
+
+    Args:
+        folder: to remove then.
+    """
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    code = "import sys; from femfed.engine.ray import guard; guard(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(os.getpid()), str(reads), str(folder)]
+    try:
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=terminal[-1],
+            pass_fds=[reads],
+            start_new_session=True,
+        ):
+            before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)  # a byte a signal
+            try:
+                yield
+            finally:
+                signal.set_wakeup_fd(before)
+                os.write(writes, LEFT)
+                os.close(writes)
+    finally:
+        os.close(reads)
+
+
+def guard(parent: str, descriptor: str, folder: str) -> None:
+    """End a process that starts Ray unless it says in time that it has ended the block.
+
+    Whatever has ended the process, Ray's processes end and its folder goes. Run by `_guarded`.
+
+    Args:
+        parent: the process.
+        descriptor: of the pipe into which it writes the numbers of signals as they come.
+        folder: of Ray.
+    """
+    watch, stopped = StartWatch("Ray's servers"), False
+    deadline, reason = time.monotonic() + START_S + GRACE_S, SILENT
+    while (left := deadline - time.monotonic()) > 0:
+        if not select.select([int(descriptor)], [], [], left)[0]:
+            continue
+        received = os.read(int(descriptor), 100)
+        if LEFT in received:
+            return
+        if not received:
+            reason = "Ray ended the process that started it"
+            break
+        if not stopped and set(received) & set(STOPPING):
+            deadline, stopped = time.monotonic() + GRACE_S, True
+    print("error:", "stopped" if stopped else watch.error(reason), file=sys.stderr, flush=True)
+    _send(int(parent), signal.SIGKILL)
+    mark, found = f"RAY_AUTH_TOKEN={os.environ['RAY_AUTH_TOKEN']}".encode(), {0}
+    while found:  # those that are killed may just have started another one
+        found = set()
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (path / "environ").read_bytes() and int(path.name) != os.getpid():
+                    found.add(int(path.name))
+        for pid in found:
+            _send(pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.01)
+
+
+class StartWatch:
+    """Looks, while Ray or its workers start, whether they still can.
+
+    Args:
+        starting: names what starts.
+    """
+
+    def __init__(self, starting: str) -> None:
+        self._starting = starting
+        self._servers: set[str] = set()
+        self._refused = refused_tasks()
+        self._work = 0.0
+        self._deadline = time.monotonic() + START_S
+
+    def check(self, started: bool = False) -> None:
+        """Raise an error if Ray's servers have ended, or what starts does nothing.
+
+        Args:
+            started: whether it has started.
+
+        Raises:
+            EngineError: a server has ended, or `START_S` seconds have brought nothing.
+        """
+        servers, dead = _servers()
+        if ended := dead | self._servers - servers:
+            gone = f"Ray's server ended ({', '.join(sorted(ended))})"
+            raise EngineError(gone) if started else self.error(gone)
+        self._servers |= servers
+        if started:
+            return
+        work, now = _work(), time.monotonic()
+        if work > self._work + WORK_S:  # workers import TensorFlow: slowly, where the disk is slow
+            self._work, self._deadline = work, now + START_S
+        if refused_tasks() > self._refused:
+            self._deadline = min(self._deadline, now + REFUSED_S)
+            self._refused = sys.maxsize
+        if now > self._deadline:
+            raise self.error(SILENT)
+
+    def error(self, reason: str) -> EngineError:
+        """Return the error, with its cause where that can be known."""
+        first = reason.strip().splitlines()[0]
+        full = self._refused == sys.maxsize or refused_tasks() > self._refused
+        cause = f"; the limit of {task_limit()} processes and threads is reached" if full else ""
+        return EngineError(
+            f"{self._starting} did not start: {first}{cause}; use fewer engine.workers, or "
+            "engine=inline, which needs one process only"
+        )
 
 
 def _place() -> Path:
@@ -424,33 +647,26 @@ def _quick_start() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _stoppable(folders: Callable[[], list[Path | None]]) -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into `Stopped`; a second one ends the process at once.
+def _servers() -> tuple[set[str], set[str]]:
+    """Return the names of Ray's servers that this process has started: those alive, the dead."""
+    alive, dead = set[str](), set[str]()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = path.read_text(errors="replace").partition("(")[2].rpartition(")")
+            state, parent = rest.split()[:2]
+            if int(parent) == os.getpid() and name in SERVERS:
+                (dead if state in "ZX" else alive).add(name)
+    return alive, dead
 
-    Args:
-        folders: returns what to remove before the end at once.
-    """
-    signals: list[int] = []
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if signals:
-            signal.setitimer(signal.ITIMER_REAL, 0)  # no other `Stopped` in between
-            for folder in folders():
-                if folder is not None:
-                    _remove(folder)
-            os._exit(128 + number)
-        signals.append(number)
-        stop(number)
-
-    handled = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, on_signal) for number in handled}
-    try:
-        yield
-    finally:
-        if not signals:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+def _work() -> float:
+    """Return the seconds of processors' time that workers have taken."""
+    ticks = 0
+    for pid in _descendants(*WORKERS):
+        with contextlib.suppress(OSError):
+            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+            ticks += sum(map(int, stat.rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _remove(folder: Path) -> None:
