@@ -392,6 +392,67 @@ def test_sigterm_while_a_run_starts(start: Start, moment: str) -> None:
     assert line.startswith("error: stopped")
 
 
+def test_a_lost_terminal_stops_a_run_like_sigterm(start: Start, undisturbed: Undisturbed) -> None:
+    run = start(*STOPPABLE, "engine=inline")
+    run.until(lambda run: run.rounds >= 3)
+
+    assert_ends_at(signal.SIGHUP, run)
+
+    assert resumed(run) == undisturbed(*LONGER)
+
+
+def test_a_lost_terminal_does_not_stop_a_run_below_nohup(
+    start: Start, undisturbed: Undisturbed
+) -> None:
+    run = start(*STOPPABLE, "engine=inline", before=("nohup",))
+    run.until(lambda run: run.rounds >= 3)
+
+    run.stop(signal.SIGHUP)
+
+    assert run.process.returncode == 0, run.err
+    assert result(run.folder) == undisturbed(*LONGER)
+
+
+def ends(server: str) -> Callable[[Started], None]:
+    """Return what kills a server of Ray; its forks, which carry its name, are left alone."""
+
+    def kill(run: Started) -> None:
+        for pid, line in family(run.process.pid).items():
+            if line.split("\0")[0].endswith(f"/{server}"):
+                os.kill(pid, signal.SIGKILL)
+
+    return kill
+
+
+@pytest.mark.parametrize("server", ["gcs_server", "raylet"])
+@pytest.mark.parametrize("rounds", [0, 3])
+def test_the_end_of_rays_server_is_a_line(start: Start, server: str, rounds: int) -> None:
+    run = start(*STOPPABLE)
+    run.until(has_child("default_worker.py") if not rounds else lambda run: run.rounds >= rounds)
+    ends(server)(run)
+
+    assert run.process.wait(timeout=LONG) == 1
+
+    (line,) = run.err.splitlines()
+    assert f"Ray's server ended ({server})" in line
+    assert ("resume=" in line) == bool(rounds)
+    assert rounds or "engine=inline" in line
+    assert run.left() == []
+
+
+def test_too_few_processes_for_ray_are_a_line(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray waits for ever where it gets no more threads."""
+    monkeypatch.setattr("femfed.engine.ray.tasks_left", lambda: 100)
+    done = shell.run("run", "engine=ray", "engine.workers=2")
+
+    assert done.code == 2
+    assert "of which 100 are left" in done.error
+    assert "engine=inline" in done.error
+    assert not (shell.place / "run").exists()
+
+
 DROPPED = """
 import _imp, contextlib, os, signal, sys
 import femfed.engine.ray
@@ -1102,6 +1163,22 @@ def test_a_whole_run_needs_no_network_and_asks_for_none(
     assert run.left() == []
     assert run.out.splitlines()[-1] == "sent to []"
     assert result(run.folder) == undisturbed()
+
+
+@needs_networks
+@pytest.mark.parametrize("lost", ["up", "127.0.0.1"])
+def test_no_loopback_for_ray_is_a_line(start: Start, lost: str) -> None:
+    down = 'ip link set lo up && ip addr del 127.0.0.1/8 dev lo && exec "$0" "$@"'
+    ipv6_only = ("sh", "-c", down) if lost == "127.0.0.1" else ()
+    run = start(*TINY, "engine.workers=1", before=(*NETWORK, *ipv6_only))
+
+    assert run.process.wait(timeout=LONG) == 2
+
+    (line,) = run.err.splitlines()
+    assert line.startswith("error: no connection to 127.0.0.1 ")
+    assert "engine=inline" in line
+    assert not run.folder.exists()
+    assert run.left() == []
 
 
 def edited(folder: Path, change: Callable[[Any], None]) -> None:

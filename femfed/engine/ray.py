@@ -564,6 +564,7 @@ def _settings() -> Iterator[None]:
     users = {name: value for name, value in os.environ.items() if name.startswith(SETTING)}
     _replace_settings({**ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
     try:
+        importlib.import_module("ray")
         _forget_settings()
         yield
     finally:
@@ -579,7 +580,7 @@ def _replace_settings(values: dict[str, str]) -> None:
 
 def _forget_settings() -> None:
     """Make Ray read its settings again: it keeps them, the token too, from its first use on."""
-    _raylet: Any = importlib.import_module("ray._raylet")
+    _raylet: Any = sys.modules.get("ray._raylet")  # None if a signal has ended its import
     with contextlib.suppress(AttributeError):  # of another Ray
         _raylet.AuthenticationTokenLoader.instance().reset_cache()
         _raylet.Config.initialize("")
