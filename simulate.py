@@ -11,6 +11,7 @@ import functools
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ started = time.perf_counter()
 exit_codes: list[int] = []  # of the runs that failed
 broken: list[EngineError] = []  # errors after which this process cannot end in peace
 finished: list[Path] = []  # folders of the runs that did not
+failures: dict[Path, str] = {}  # folders of the runs that failed, and why
+sweeps: set[Path] = set()  # folders of the runs of a sweep are below
 composed: list[DictConfig] = []  # configs that Hydra made without a complaint
 sweep_sizes: list[int] = []  # runs of the sweep, if this is one
 engines = contextlib.ExitStack()  # ends what a sweep's runs share
@@ -60,6 +63,9 @@ def simulate(cfg: DictConfig) -> None:
     folder = Path(hydra_config.runtime.output_dir)
     choices = dict(hydra_config.runtime.choices)
     place = config.place_in_sweep(sweep_sizes[-1] if sweep_sizes else None)
+    is_sweep = hydra_config.mode is RunMode.MULTIRUN
+    if is_sweep:
+        sweeps.add(Path(hydra_config.runtime.cwd, hydra_config.sweep.dir))
     before: list[str] | None = None  # names in a new run's folder, none of which is the run's
 
     def ended() -> str:
@@ -68,6 +74,16 @@ def simulate(cfg: DictConfig) -> None:
         if before is not None and not how:
             discard(folder, before)
         return how
+
+    def run_failed(message: str, code: int) -> None:
+        """Say why, here and at the end of the run's log, which the comparison reads."""
+        exit_codes.append(fail(place.prefix + message, code))
+        failures[folder] = message
+        log = folder / "simulate.log"
+        with contextlib.suppress(OSError):
+            if log.is_file():
+                with log.open("a") as file:
+                    file.write(f"error: {one_line(message)}\n")
 
     try:
         with owned(folder):
@@ -91,26 +107,30 @@ def simulate(cfg: DictConfig) -> None:
         if before is not None:
             discard(folder, before)
         said = str(error) if isinstance(error, UserError) else config.explain(error)
-        exit_codes.append(fail(place.prefix + said, 2))
+        run_failed(said, 2)
     except RunError as error:
         said, _, trace = str(error).partition("\n")
         how = ended() if (folder / "rounds.csv").exists() else ""
-        said = "; ".join(filter(None, [said, how]))
-        exit_codes.append(fail(place.prefix + said, 1))
+        run_failed("; ".join(filter(None, [said, how])), 1)
         broken.extend([error] if isinstance(error, EngineError) else [])
         print(trace, end="\n" if trace else "", file=sys.stderr)
     except OSError as error:
         how = ended()
         said = how or "make room there, or give another folder (hydra.run.dir, cache)"
-        exit_codes.append(fail(f"{place.prefix}{error}; {said}", 1 if how else 2))
+        run_failed(f"{error}; {said}", 1 if how else 2)
     except Stopped as stopped:
-        done = f"{len(finished)} runs done" if hydra_config.mode is RunMode.MULTIRUN else ""
+        done = f"{len(finished)} runs done" if is_sweep else ""
         fail("; ".join(filter(None, ["stopped", done, ended()])), 0)
         leave(128 + stopped.signal, stopped)
-    except Exception:
-        if how := ended():
-            fail(place.prefix + how, 1)
-        raise
+    except Exception as error:
+        how = ended()
+        if not is_sweep:
+            if how:
+                fail(place.prefix + how, 1)
+            raise
+        traceback.print_exc()
+        run_failed("; ".join(filter(None, [f"{type(error).__name__}: {error}", how])), 1)
+        end_engines()  # the next run starts workers anew
     started = time.perf_counter()  # of a sweep's next run
 
 
@@ -297,10 +317,11 @@ def _main() -> None:
         sys.argv[1:] = config.for_hydra(line)
         sweep_sizes[:] = [config.runs_of(line)] if line.sweep else []
         simulate()
-        for sweep in {folder.parent for folder in finished if line.sweep}:
+        for sweep in sweeps:
             from femfed.report.comparison import compare
 
-            for path in compare(sweep):
+            failed = {path: why for path, why in failures.items() if sweep in path.parents}
+            for path in compare(sweep, failed=failed):
                 print(f"comparison in {os.path.relpath(path)}")
         end_engines()
     except UserError as error:

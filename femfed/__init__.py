@@ -135,6 +135,20 @@ def one_line(message: str) -> str:
     return "".join(map(_escaped, message))
 
 
+def print_quietly(text: str) -> None:
+    """Print what a command is for, and end quietly if a reader like `head` has gone.
+
+    Raises:
+        UserError: standard output takes no more.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit fails as well
+        if not isinstance(error, BrokenPipeError):
+            raise UserError(f"cannot write to standard output: {error.strerror}") from None
+
+
 def _printable_at(text: str, place: int) -> str:
     if text[place] == "\\" or _TAG.match(text, place):
         return {"\\": "\\\\", "[": "\\x5b"}[text[place]]

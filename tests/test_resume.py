@@ -45,6 +45,8 @@ def typed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, s
     monkeypatch.setattr(sys, "argv", ["simulate.py", *arguments])
     monkeypatch.setattr(simulate, "exit_codes", [])
     monkeypatch.setattr(simulate, "finished", [])
+    monkeypatch.setattr(simulate, "failures", {})
+    monkeypatch.setattr(simulate, "sweeps", set())
     monkeypatch.setattr(simulate, "composed", [])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     monkeypatch.setattr(os, "dup2", lambda *_: None)  # pytest holds the descriptors
