@@ -35,7 +35,15 @@ from femfed import (
     one_line,
     stoppable,
 )
-from femfed.folder import discard, how_to_resume, noise_to, owned
+from femfed.folder import (
+    check_new,
+    check_resumed,
+    discard,
+    explain,
+    how_to_resume,
+    noise_to,
+    owned,
+)
 
 # TensorFlow, Flower and Ray take seconds to import: whatever needs them is imported where a user's
 # mistake would have been told already.
@@ -66,7 +74,7 @@ def simulate(cfg: DictConfig) -> None:
     is_sweep = hydra_config.mode is RunMode.MULTIRUN
     if is_sweep:
         sweeps.add(Path(hydra_config.runtime.cwd, hydra_config.sweep.dir))
-    before: list[str] | None = None  # names in a new run's folder, none of which is the run's
+    before: list[str] | None = None  # names in a new run's folder
 
     def ended() -> str:
         """Return how to go on with the run; if it has not begun, leave nothing of it."""
@@ -88,15 +96,10 @@ def simulate(cfg: DictConfig) -> None:
     try:
         with owned(folder):
             if OmegaConf.select(cfg, "resume") is not None:
+                check_resumed(folder)
                 cfg, choices = config.resumed(cfg, choices, hydra_config.overrides.task, folder)
-            elif (folder / "rounds.csv").exists():
-                key = "hydra.sweep.dir" if place.number else "hydra.run.dir"
-                raise UserError(
-                    f"{folder} holds a run already; expected another {key}, or "
-                    f"resume={folder} to go on with it"
-                )
             else:
-                before = [path.name for path in folder.iterdir()]
+                before = check_new(folder, "hydra.sweep.dir" if is_sweep else "hydra.run.dir")
             config.check(cfg)
             config.make_paths_absolute(cfg, Path(hydra_config.runtime.cwd))
             save = config.save if before is None else config.save_new
@@ -110,14 +113,12 @@ def simulate(cfg: DictConfig) -> None:
         run_failed(said, 2)
     except RunError as error:
         said, _, trace = str(error).partition("\n")
-        how = ended() if (folder / "rounds.csv").exists() else ""
-        run_failed("; ".join(filter(None, [said, how])), 1)
+        run_failed("; ".join(filter(None, [said, ended()])), 1)
         broken.extend([error] if isinstance(error, EngineError) else [])
         print(trace, end="\n" if trace else "", file=sys.stderr)
     except OSError as error:
         how = ended()
-        said = how or "make room there, or give another folder (hydra.run.dir, cache)"
-        run_failed(f"{error}; {said}", 1 if how else 2)
+        run_failed(explain(error, folder, how), 1 if how else 2)
     except Stopped as stopped:
         done = f"{len(finished)} runs done" if is_sweep else ""
         fail("; ".join(filter(None, ["stopped", done, ended()])), 0)
@@ -182,7 +183,16 @@ def run_one(
             on_message=progress.message,
         )
         about["variant"] = dataset.variant_of(store)
-        results = Results(folder, store, federation, progress, cfg.checkpoint.every, started)
+        results = Results(
+            folder,
+            store,
+            federation,
+            progress,
+            cfg.checkpoint.every,
+            started,
+            evaluate_every=cfg.evaluate.every,
+            settings=config.deciding(cfg),
+        )
         engine, start = engine_of(cfg, model, progress.status, engines if place.number else own)
         begun = results.rewind(cfg.rounds)
         if begun is not None:

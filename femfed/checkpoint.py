@@ -3,14 +3,19 @@
 import hashlib
 import json
 import os
+import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from zipfile import ZIP_STORED
 
 import numpy as np
 from numpy.typing import NDArray
 
 Weights = list[NDArray[np.float32]]
 State = dict[str, Weights]
+ClientStates = dict[int, tuple[int, int]]  # client -> round and CRC-32 of its newest state
 
 KEPT = 2  # the one before the newest is there should the newest be damaged
 SPARE = ".spare"  # the file to overwrite
@@ -29,12 +34,14 @@ class Checkpoint:
         weights: the global weights.
         state: the strategy's state.
         about: what a resumed run has to agree with, such as the dataset.
+        clients: the client states that it counts on; None in one of an earlier femfed.
     """
 
     round: int
     weights: Weights
     state: State
     about: dict[str, str] = field(default_factory=dict)
+    clients: ClientStates | None = None
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -49,14 +56,18 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         "weights": checkpoint.weights,
         **{f"state/{k}": v for k, v in checkpoint.state.items()},
     }
-    arrays = {f"{name}/{i}": array for name, each in lists.items() for i, array in enumerate(each)}
+    arrays: dict[str, Any] = {
+        f"{name}/{i}": array for name, each in lists.items() for i, array in enumerate(each)
+    }
+    if checkpoint.clients is not None:
+        rows = [(client, *of) for client, of in checkpoint.clients.items()]
+        arrays["clients"] = np.array(rows, np.int64).reshape(-1, 3)
     lengths = {name: len(each) for name, each in lists.items()}
     known = {"round": checkpoint.round, "lists": lengths, "about": checkpoint.about}
     about = json.dumps(known).encode()
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        mode = "r+b" if takes(folder / SPARE, partial) else "wb"
-        with partial.open(mode) as file:
+        with partial.open("r+b" if takes(folder / SPARE, partial) else "xb") as file:
             np.savez(file, allow_pickle=False, about=np.frombuffer(about, np.uint8), **arrays)
             file.truncate()
             file.flush()
@@ -74,13 +85,15 @@ def takes(spare: Path, partial: Path) -> bool:
     """Move a file that nobody needs to where it is overwritten; return whether there is one.
 
     Somebody needs one that has other names, as those of a copy made of hard links, or that is not
-    to be written to: it loses the name it had here.
+    to be written to: it loses the name it had here. What a killed process left at `partial` goes.
     """
+    partial.unlink(missing_ok=True)
     try:
         spare.rename(partial)
     except FileNotFoundError:  # or another process was sooner
         return False
-    if partial.stat().st_nlink == 1 and os.access(partial, os.W_OK):
+    status = partial.lstat()
+    if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and os.access(partial, os.W_OK):
         return True
     partial.unlink()
     return False
@@ -94,7 +107,10 @@ def remove_others(folder: Path) -> None:
 
 def rounds(folder: Path) -> list[int]:
     """Return the rounds that `folder` has checkpoints of, in order."""
-    return sorted(int(path.stem[6:]) for path in folder.glob("round_*.npz"))
+    names = (re.fullmatch(r"round_(\d{6,})\.npz", path.name) for path in folder.glob("round_*"))
+    return sorted(
+        int(name[1]) for name in names if name and path_of(folder, int(name[1])).is_file()
+    )
 
 
 def path_of(folder: Path, round: int) -> Path:
@@ -110,14 +126,26 @@ def load(path: Path) -> Checkpoint:
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            if any(part.compress_type != ZIP_STORED for part in arrays.zip.infolist()):
+                raise ValueError("it is compressed")  # and might be far larger than the file
             about = json.loads(arrays["about"].tobytes())
             lists = {
                 name: [arrays[f"{name}/{i}"] for i in range(length)]
                 for name, length in about["lists"].items()
             }
+            clients = None
+            if "clients" in arrays:
+                clients = {client: (at, crc) for client, at, crc in arrays["clients"].tolist()}
         weights = lists.pop("weights")
         state = {name.removeprefix("state/"): each for name, each in lists.items()}
-        return Checkpoint(about["round"], weights, state, about["about"])
+        if path_of(path.parent, about["round"]) != path:
+            raise ValueError(f"it is of round {about['round']}")
+        if any(array.dtype != np.float32 for array in weights):
+            raise ValueError("its weights are not of float32")
+        known = {str(name): str(value) for name, value in about["about"].items()}
+        if int(known.get("evaluate.every", 1)) < 1:
+            raise ValueError("its run was never evaluated")
+        return Checkpoint(about["round"], weights, state, known, clients)
     except FileNotFoundError:
         raise
     except Exception as error:  # damage shows as any of a dozen errors, by where it struck

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -131,7 +132,12 @@ CHOICES = {
     "precision": ("float32", "bfloat16"),
     "on_client_error": ("stop", "drop"),
 }
-MAY_CHANGE = ("rounds", "engine", "checkpoint", "list_clients", "cache", "resume")
+MAY_CHANGE = (
+    *("rounds", "engine", "checkpoint", "evaluate.every", "stop_on_divergence", "on_client_error"),
+    *("list_clients", "dataset.path", "cache", "resume"),
+)
+CONFIG_BYTES = 2**18  # at most, of a run's config: femfed writes a few thousand
+INTERPOLATION = re.compile(r"(?<!\\)\$\{(?!oc\.select:local\.[a-z_]+,[0-9.]+\})")  # but conf/'s own
 
 
 def register() -> None:
@@ -330,17 +336,25 @@ def in_place(arguments: list[str]) -> list[str]:
     given = [argument for argument in arguments if argument.lstrip("+").startswith("resume=")]
     if not given:
         return arguments
-    path = given[-1].lstrip("+").removeprefix("resume=").strip("'\"")
+    path = given[-1].lstrip("+").removeprefix("resume=")
     folder = Path(os.path.expanduser(path)).absolute()
+    if not folder.exists() and path[:1] == path[-1:] and path[:1] in ("'", '"'):  # as for Hydra
+        folder = Path(os.path.expanduser(path[1:-1].replace("\\'", "'"))).absolute()
     if not (folder / ".hydra" / "config.yaml").is_file():
         raise UserError(
             f"resume={path}: no run in {folder}; expected the folder of a run, outputs/DATE/TIME"
         )
     if {"-m", "--multirun"} & set(arguments):
         raise UserError(f"resume={path} with -m; expected one run to go on with at a time")
+    if any(argument.lstrip("+").startswith("hydra.run.dir=") for argument in arguments):
+        raise UserError(f"resume={path} with hydra.run.dir; expected resume=DIR alone")
     quoted = command_line.quoted(str(folder))
-    others = [argument for argument in arguments if argument not in given]
-    return [*others, f"resume={quoted}", f"hydra.run.dir={quoted}"]
+    found = [f"resume={quoted}", f"hydra.run.dir={quoted}"]
+    for argument in arguments:
+        if argument not in given:
+            # A dataset's own key: only the resumed run knows which dataset it has.
+            found.append("++" * argument.startswith("dataset.path=") + argument)
+    return found
 
 
 def resumed(
@@ -360,18 +374,34 @@ def resumed(
     Raises:
         UserError: the command line would change what the run computes.
     """
-    own: Any = OmegaConf.merge(
-        OmegaConf.structured(Config), OmegaConf.load(folder / ".hydra" / "config.yaml")
-    )
-    about: Any = OmegaConf.load(folder / ".hydra" / "hydra.yaml")
-    own_choices = dict(about.hydra.runtime.choices)
+    config, about = (folder / ".hydra" / name for name in ("config.yaml", "hydra.yaml"))
+    written = _read(config, interpolations=False)
+    own_choices, came_from = _choices(about)
+    try:
+        own: Any = OmegaConf.merge(OmegaConf.structured(Config), written)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{config}: {explain(error)}") from None
+    for each in ("dataset.path", "cache"):
+        path = OmegaConf.select(own, each)
+        if isinstance(path, str) and path and path[0] not in "~/":  # of an earlier femfed
+            OmegaConf.update(own, each, str(came_from / path).replace("${", "\\${"))
+    known: Any = OmegaConf.create(OmegaConf.to_container(own))
     for override in overrides:
         key = re.split(r"[=@]", override.lstrip("+~"))[0]
-        if key.split(".")[0] in MAY_CHANGE:
-            OmegaConf.update(own, key, OmegaConf.select(cfg, key))
-        elif choices.get(key) != own_choices.get(key) or (
-            OmegaConf.select(cfg, key) != OmegaConf.select(own, key)
-        ):
+        changed = [each for each in MAY_CHANGE if f"{key}.".startswith(f"{each}.")]
+        if changed:
+            OmegaConf.update(own, key, OmegaConf.select(cfg, key), force_add=True)
+            continue
+        given = OmegaConf.select(cfg, key)
+        if isinstance(given, DictConfig):  # a group, of which some keys may change
+            given = given.copy()
+            OmegaConf.set_struct(given, False)
+            for each in MAY_CHANGE:
+                if each.startswith(f"{key}."):
+                    name = each.removeprefix(f"{key}.")
+                    OmegaConf.update(given, name, OmegaConf.select(known, each), force_add=True)
+        same = choices.get(key) == own_choices.get(key) and given == OmegaConf.select(known, key)
+        if not same:
             raise UserError(
                 f"{override} would change what the resumed run computes; expected no more than "
                 f"{', '.join(MAY_CHANGE)}"
@@ -379,10 +409,91 @@ def resumed(
     return own, own_choices
 
 
+def _read(path: Path, interpolations: bool) -> Any:
+    """Read the YAML that a run wrote: plain values in dictionaries and lists, of a small size.
+
+    Args:
+        path: of the file.
+        interpolations: whether values may have some, which the caller leaves alone.
+
+    Raises:
+        UserError: it is something else. Aliases and interpolations could stand for any number of
+            values, and femfed writes none.
+    """
+    expected = "expected what the run wrote; put that back"
+    try:
+        if path.stat().st_size > CONFIG_BYTES:
+            raise UserError(f"{path} has {path.stat().st_size} bytes; {expected}")
+        text = path.read_text(encoding="utf-8")
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"{path} has the alias *{event.anchor}; {expected}")
+            value = getattr(event, "value", None)
+            if value and not interpolations and INTERPOLATION.search(value):
+                raise UserError(
+                    f"{path} has the interpolation {value[:80]!r}; expected a value; put that there"
+                )
+        return OmegaConf.load(path)
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply; {expected}") from None
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read: {said}; {expected}") from None
+
+
+def _choices(path: Path) -> tuple[dict[str, Any], Path]:
+    """Return the groups that a run chose and where it was started, from its `hydra.yaml`.
+
+    Raises:
+        UserError: it names none for the strategy or the model, or something that is no name.
+    """
+    runtime: Any = OmegaConf.to_container(OmegaConf.create({"read": _read(path, True)}))
+    for key in ("read", "hydra", "runtime"):
+        runtime = runtime.get(key) if isinstance(runtime, dict) else None
+    found = runtime.get("choices") if isinstance(runtime, dict) else None
+    choices = {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
+    for group in ("dataset", "strategy", "model"):
+        name = choices.get(group)
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.@+-]{1,100}", name):
+            raise UserError(
+                f"{path} has hydra.runtime.choices.{group}={str(name)[:50]!r}; expected the name "
+                f"of a file in conf/{group}; put back what the run wrote"
+            )
+    return choices, Path(str(runtime.get("cwd") or Path.cwd()))
+
+
+def deciding(cfg: DictConfig) -> dict[str, str]:
+    """Return what of a config decides what a run computes: its keys and values as text."""
+    found: dict[str, str] = {}
+
+    def add(prefix: str, node: Any) -> None:
+        if any(f"{prefix}.".startswith(f"{each}.") for each in MAY_CHANGE):
+            return
+        if isinstance(node, dict):
+            for key, value in node.items():
+                add(f"{prefix}.{key}" if prefix else str(key), value)
+        else:
+            found[prefix] = str(node)
+
+    add("", OmegaConf.to_container(cfg, resolve=True))
+    return found
+
+
 def save(cfg: DictConfig, folder: Path) -> None:
     """Write the config of the run in `folder`, which `resumed` reads."""
     partial = folder / ".hydra" / "config.yaml.new"
-    OmegaConf.save(OmegaConf.merge(cfg, {"resume": None}), partial)
+    partial.unlink(missing_ok=True)
+    kept: Any = OmegaConf.to_container(cfg, resolve=True)
+    kept["resume"] = None
+    for holder, key in ((kept["dataset"], "path"), (kept, "cache")):
+        path = str(holder.get(key) or "")
+        if path and not path.startswith("~"):  # relative to the folder that it was given in
+            path = str(Path(path).absolute())
+        if path:
+            holder[key] = path.replace("${", "\\${")  # no interpolation
+    OmegaConf.save(kept, partial)
     partial.replace(folder / ".hydra" / "config.yaml")
 
 

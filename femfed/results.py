@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from femfed.engine.federation import Federation
 from femfed.engine.footprint import forget_peak, peak_memory
 from femfed.engine.memory import Memories
 from femfed.engine.rounds import NOTHING_FINISHED, Round, client_rows, row, writer_rows
+from femfed.folder import remove_partial_files
 from femfed.report.events import Events
-from femfed.report.files import RunFiles
+from femfed.report.files import RunFiles, last_is_evaluated
 from femfed.report.plots import plot_curves, plot_writers
 from femfed.report.progress import Progress
 
@@ -30,6 +32,8 @@ class Results:
         progress: the display.
         checkpoint_every: rounds between checkpoints.
         started: when the command was given, of `time.perf_counter`.
+        evaluate_every: rounds between evaluations.
+        settings: what of the config decides what the run computes, by its key.
     """
 
     def __init__(
@@ -40,68 +44,141 @@ class Results:
         progress: Progress,
         checkpoint_every: int,
         started: float,
+        evaluate_every: int = 1,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         self._folder, self._store, self._federation = folder, store, federation
         self._progress, self._checkpoint_every = progress, checkpoint_every
-        self._started = started
+        self._started, self._evaluate_every = started, evaluate_every
+        self._settings = dict(settings or {})
         self._files = RunFiles(folder)
         self._memories = Memories(folder / "memory")
         self._seconds = {"total": 0.0, "startup": 0.0, "train": 0.0, "evaluate": 0.0}
         self._versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         self._last: Round | None = None
         self._synced = 0  # the last round whose memories are on the disk
+        self._states: checkpoint.ClientStates = {}  # the newest of them
         self._rounds = 0
         forget_peak()
 
     def rewind(self, rounds: int) -> checkpoint.Checkpoint | None:
         """Take the folder back to its newest sound checkpoint; None if there is none.
 
+        A checkpoint is sound if it is what was written, and all that it counts on is: the client
+        states and both tables. Nothing is changed before one is found.
+
         Args:
             rounds: the round to go on to. A run that was ended in its last round has to run it
                 again for its evaluation.
 
         Raises:
-            UserError: the run is finished, or the dataset is not the one it began with.
+            UserError: the run is finished, the dataset or the config is not the one it began with,
+                or no checkpoint has all that it counts on.
         """
         self._rounds = rounds
-        folder, complete = self._folder / "checkpoint", (self._folder / "summary.json").exists()
-        kept = checkpoint.rounds(folder)
-        if kept and (kept[-1] > rounds or (kept[-1] == rounds and complete)):
-            raise UserError(
-                f"the run in {self._folder} has finished {kept[-1]} rounds already; expected "
-                f"rounds={kept[-1] + 1} or more"
-            )
-        begun, rows = None, list[Any]()
-        for round in reversed([round for round in kept if round < rounds]):
-            try:
-                found = checkpoint.load(checkpoint.path_of(folder, round))
-                ours = found.about["dataset"] in self._store.known_as
-                rows = self._files.rewind(round) if ours else []
-            except (checkpoint.DamagedError, ValueError) as error:
-                self._progress.message(f"{error}; goes on from the checkpoint before")
-            else:
-                begun = found
-                break
-        if begun is None:
-            rows = self._files.rewind(NOTHING_FINISHED)
-        elif not ours:
-            raise UserError(
-                f"the run in {self._folder} began with the dataset store {begun.about['dataset']}, "
-                f"but this is {self._store.folder.name}; expected the same source, unchanged"
-            )
+        begun, tables = self._newest_sound(rounds)
+        finished, about = (begun.round, begun.about) if begun else (NOTHING_FINISHED, {})
+        # A run evaluates its last round whatever its number; a longer one would not have.
+        every = {int(about.get("evaluate.every", self._evaluate_every)), self._evaluate_every}
+        surplus = last_is_evaluated(tables["rounds.csv"]) and all(finished % each for each in every)
         for name, version in self._versions.items():
-            if begun and begun.about[name] != version:
+            if begun and about.get(name, version) != version:
                 self._progress.message(
-                    f"begun with {name} {begun.about[name]}, resumed with {version}: the bits may "
+                    f"begun with {name} {about[name]}, resumed with {version}: the bits may "
                     "differ from those of an undisturbed run"
                 )
-        self._memories.rewind(begun.round if begun else 0)
-        checkpoint.remove_others(folder)
+        if surplus:
+            self._progress.message(
+                f"drops the evaluation of round {finished}, which was the last one until now"
+            )
+        for name, table in tables.items():
+            if finished > 0 and not table:
+                self._progress.message(
+                    f"{self._folder / name} is lost; it goes on with round {finished + 1}"
+                )
+        remove_partial_files(self._folder)
+        rows = self._files.rewind(finished, tables, evaluated=not surplus)
+        self._memories.rewind(self._states)
+        self._synced = max(0, finished)
+        checkpoint.remove_others(self._folder / "checkpoint")
         (self._folder / "summary.json").unlink(missing_ok=True)
         self._events = Events(self._folder, rows)
         for name in ("total", "train", "evaluate"):
             self._seconds[name] = sum(float(each[f"seconds_{name}"] or 0.0) for each in rows)
         return begun
+
+    def _newest_sound(
+        self, rounds: int
+    ) -> tuple[checkpoint.Checkpoint | None, Mapping[str, bytes]]:
+        """Return the newest sound checkpoint before round `rounds`, and both tables up to it."""
+        folder, complete = self._folder / "checkpoint", (self._folder / "summary.json").exists()
+        problem = ""
+        for round in reversed(checkpoint.rounds(folder)):
+            path = checkpoint.path_of(folder, round)
+            try:
+                found = checkpoint.load(path)
+            except checkpoint.DamagedError as error:
+                self._progress.message(f"{error}; goes on from the checkpoint before")
+                continue
+            self._check_dataset(found)
+            if other := self._other_setting(found):
+                problem = problem or f"{path} is of a run with {other}"
+                self._progress.message(f"{problem}; tries the checkpoint before")
+                continue
+            if round > rounds or (round == rounds and complete):
+                raise UserError(
+                    f"the run in {self._folder} has finished {round} rounds already; expected "
+                    f"rounds={round + 1} or more"
+                )
+            if round == rounds:
+                continue
+            try:
+                self._states = self._checked_states(path, found)
+                return found, self._files.check(round, found.about)
+            except ValueError as error:
+                problem = problem or str(error)
+                self._progress.message(f"{error}; tries the checkpoint before")
+        if problem:
+            raise UserError(
+                f"{problem}; expected the files that the run wrote; put them back, or begin again "
+                f"from round 0 by removing {folder}"
+            )
+        self._states = {}
+        return None, self._files.check(NOTHING_FINISHED, {})
+
+    def _check_dataset(self, found: checkpoint.Checkpoint) -> None:
+        ours = self._store.folder.name
+        theirs = found.about.get("dataset", ours)
+        if theirs != ours:
+            raise UserError(
+                f"the run in {self._folder} began with the dataset store {theirs}, but this is "
+                f"{ours}; expected the same source, unchanged"
+            )
+
+    def _other_setting(self, found: checkpoint.Checkpoint) -> str:
+        """Return what a checkpoint's run had in its config where this run has another value."""
+        for key, value in self._settings.items():
+            theirs = found.about.get(f"config {key}", value)
+            if theirs != value:
+                return f"{key}={theirs[:200]}, where this run's config has {value[:200]}"
+        return ""
+
+    def _checked_states(self, path: Path, found: checkpoint.Checkpoint) -> checkpoint.ClientStates:
+        """Return the client states that a checkpoint counts on.
+
+        Raises:
+            ClientStateError: one is not what was written.
+        """
+        if found.clients is None:
+            self._progress.message(
+                f"{path} is of an earlier femfed and has no checksums: the tables and client "
+                "states are taken as they are"
+            )
+            return self._memories.states(found.round)
+        if found.clients:
+            self._progress.status(f"checking the states of {len(found.clients)} clients")
+        self._memories.check(found.clients)
+        return found.clients
 
     def on_round(self, finished: Round) -> None:
         """Write one round."""
@@ -118,15 +195,17 @@ class Results:
         # Of the last round but one as well: a run that ends in its last goes on from there.
         due = finished.number % self._checkpoint_every == 0 or finished.number >= self._rounds - 1
         if finished.number and due:  # the initial weights follow from the seed
-            about = {"dataset": self._store.folder.name, **self._versions}
+            about = {"dataset": self._store.folder.name, **self._versions, **self._files.marks()}
+            about |= {f"config {key}": value for key, value in self._settings.items()}
+            about["evaluate.every"] = str(self._evaluate_every)
             folder = self._folder / "checkpoint"
             self._files.sync()
-            self._memories.sync(after=self._synced)
+            self._states |= self._memories.sync(after=self._synced)
             self._synced = finished.number
-            checkpoint.save(
-                folder,
-                checkpoint.Checkpoint(finished.number, finished.weights, finished.state, about),
+            saved = checkpoint.Checkpoint(
+                finished.number, finished.weights, finished.state, about, self._states
             )
+            checkpoint.save(folder, saved)
             self._memories.prune(checkpoint.rounds(folder)[0])
             if finished.is_last:
                 self._memories.remove_spare()

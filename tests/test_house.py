@@ -26,7 +26,7 @@ OURS = {
     "checkpoint": set(),
     "seeds": set(),
     "folder": set(),
-    "results": {"checkpoint", "data.store", "engine", "report"},
+    "results": {"folder", "checkpoint", "data.store", "engine", "report"},
     "report": {"report"},
     "data": {"data.store", "data.source"},
     # The two front doors: this one and simulate.py.
@@ -43,6 +43,7 @@ OURS = {
 LIBRARIES = {
     "hydra": {"config", "command_line"},
     "omegaconf": {"config", "hints", "data.__main__"},
+    "yaml": {"config"},
     "tensorflow": {"client", "forward", "deferred"},
     "keras": {"forward", "deferred", "models"},
     "ray": {"engine.ray"},

@@ -246,14 +246,14 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     for reader in (memories, Uncached(memories)):
         for other in (whole[:-1], whole[:-4], whole + b"\0", b"", b"PK\3\4", whole[:30]):
             path.write_bytes(other)
-            with pytest.raises(ValueError, match=r"holds \d+ bytes|EOF: reading"):
+            with pytest.raises(ValueError, match=r"holds \d+ bytes|is damaged: EOF: reading"):
                 reader.recall(4, 2)
         for array in (np.zeros((3, 3), np.float32), np.zeros(9)):
             np.save(path, array)
             with pytest.raises(ValueError, match=r"holds \d+ bytes"):
                 reader.recall(4, 2)
         np.save(path, np.array([None]))
-        with pytest.raises(ValueError, match="allow_pickle"):
+        with pytest.raises(ValueError, match=r"holds \d+ bytes of object"):
             reader.recall(4, 2)
 
         path.write_bytes(whole)

@@ -67,11 +67,14 @@ def test_a_float_reads_back_exactly(tmp_path: Path, value: float) -> None:
 
 def test_a_resumed_run_appends_under_one_header(tmp_path: Path) -> None:
     files = RunFiles(tmp_path)
+    files.append_round(a_round(1))
     files.append_clients([a_client(client=3, writer='f"1,2'), a_client(client=4)])
     with (tmp_path / "clients.csv").open("a") as file:
         file.write("2,5,f00")  # killed in the middle of a line
 
-    RunFiles(tmp_path).append_clients([a_client(client=5)])
+    resumed = RunFiles(tmp_path)
+    resumed.rewind(1, resumed.check(1, {}))
+    resumed.append_clients([a_client(client=5)])
 
     rows = read(tmp_path / "clients.csv")
     assert [row["client"] for row in rows] == ["3", "4", "5"]
@@ -113,7 +116,16 @@ def test_a_table_with_other_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rounds.csv").write_text("round,colour\n1,2\n")
 
     with pytest.raises(ValueError, match="round,colour; expected round,train_loss"):
-        RunFiles(tmp_path)
+        RunFiles(tmp_path).check(1, {})
+
+
+def test_a_summary_is_json_whatever_its_numbers(tmp_path: Path) -> None:
+    RunFiles(tmp_path).write_summary({"test_loss": math.nan, "seconds": {"total": math.inf}})
+
+    text = (tmp_path / "summary.json").read_text()
+
+    assert json.loads(text) == {"test_loss": None, "seconds": {"total": None}}
+    assert "NaN" not in text
 
 
 def test_whole_files_are_replaced_or_left(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """What clients remember from round to round: a file per client and round, in the run's folder.
 
 Versions make resuming exact: whoever starts again after round r takes every client's newest version
-of a round up to r, whatever was written after it. A writer who never took part has no file.
+of a round up to r, whatever was written after it. A writer who never took part has no file. A file
+states the CRC-32 of its numbers, which is checked when it is read; a checkpoint states it as well.
 
 Files that nobody needs any more are overwritten rather than removed: their pages are in memory, and
 new ones for a model a client cost more than what is written there. Where there are too many for the
@@ -14,7 +15,9 @@ import ctypes
 import io
 import mmap
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -22,13 +25,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from femfed.checkpoint import takes
+from femfed.checkpoint import ClientStates, takes
 from femfed.engine.direct import BLOCK, Background, buffer, opened, past_cache, read, write
 from femfed.local import DivergedError, is_finite
 
 Vector = NDArray[np.float32]
 
 SYNC_FILE_RANGE_WRITE = 2  # of Linux: begin to write, and wait for nothing
+
+
+class ClientStateError(OSError, ValueError):
+    """The file of a client's state is missing, or not what was written."""
 
 
 class Memories:
@@ -66,7 +73,7 @@ class Memories:
         path = self.path(client, round)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            mode = "r+b" if self._takes_spare(partial) else "wb"
+            mode = "r+b" if self._takes_spare(partial) else "xb"
             with opened(partial, mode) as descriptor:
                 yield descriptor
             partial.replace(path)
@@ -77,16 +84,19 @@ class Memories:
         """Return what a client remembers since `round`; None if that is 0, before its first.
 
         Raises:
-            ValueError: its file is not what `keep` writes.
+            ClientStateError: its file is not what `keep` writes.
         """
         if not round:
             return None
         path = self.path(client, round)
         with path.open("rb") as file:
-            begins = _begin_of_numbers(path, file.read(BLOCK), path.stat().st_size)
-            # Not read: TensorFlow works in the system's pages of the file, which stays as it is.
+            head = file.read(BLOCK)
+            begins = _begin_of_numbers(path, head, path.stat().st_size)
+            # Not copied: TensorFlow works in the system's pages of the file, which stays as it is.
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            return np.frombuffer(pages, np.float32, offset=begins)
+            vector = np.frombuffer(pages, np.float32, offset=begins)
+            _check(path, head, vector)
+            return vector
 
     def versions(self, clients: int, finished: int) -> NDArray[np.int64]:
         """Return each client's newest round up to `finished`, 0 where there is none."""
@@ -96,21 +106,70 @@ class Memories:
                 newest[client] = max(newest[client], round)
         return newest
 
-    def sync(self, after: int) -> None:
-        """Have the disk hold what was kept after a round, before a checkpoint counts on it."""
-        paths = [self.path(client, round) for client, round in self._kept() if round > after]
-        for path in [*paths, *([self._folder] if paths else [])]:
-            descriptor = os.open(path, os.O_RDONLY)
+    def sync(self, after: int) -> ClientStates:
+        """Have the disk hold what was kept after a round, before a checkpoint counts on it.
+
+        Returns:
+            The newest state of each client that has one since.
+
+        Raises:
+            ClientStateError: a file is not what `keep` writes.
+        """
+        newest: ClientStates = {}
+        for client, round in sorted(self._kept(), key=lambda kept: kept[1]):
+            if round > after:
+                path = self.path(client, round)
+                with path.open("rb", buffering=0) as file:
+                    os.fsync(file.fileno())
+                    newest[client] = round, _checksum(file.read(BLOCK)) or 0
+        if newest:
+            descriptor = os.open(self._folder, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
+        return newest
 
-    def rewind(self, round: int) -> None:
-        """Remove what was kept after `round`, by another run maybe, and what was not finished."""
+    def check(self, states: ClientStates) -> None:
+        """Read all files of these states.
+
+        Raises:
+            ClientStateError: one is missing, or is not what a checkpoint counts on.
+        """
+        for client, (round, checksum) in states.items():
+            path = self.path(client, round)
+            try:
+                vector = self.recall(client, round)
+            except FileNotFoundError:
+                raise ClientStateError(f"the client state {path} is missing") from None
+            if vector is None or zlib.crc32(vector.view(np.uint8).data) != checksum:
+                raise ClientStateError(f"{path} is not the client state that was written there")
+
+    def states(self, round: int) -> ClientStates:
+        """Return each client's newest state up to `round`, as it is.
+
+        For a run of an earlier femfed, whose checkpoints do not know them.
+
+        Raises:
+            ClientStateError: a file is not what `keep` writes.
+        """
+        newest: dict[int, int] = {}
         for client, version in self._kept():
-            if version > round:
+            if version <= round:
+                newest[client] = max(newest.get(client, 0), version)
+        vectors = {client: self.recall(client, version) for client, version in newest.items()}
+        return {
+            client: (newest[client], zlib.crc32(vector.view(np.uint8).data))
+            for client, vector in vectors.items()
+            if vector is not None
+        }
+
+    def rewind(self, states: ClientStates) -> None:
+        """Remove what is later than these states, or no state of theirs, and what is unfinished."""
+        for client, version in self._kept():
+            if version > states.get(client, (0, 0))[0]:
                 self.path(client, version).unlink()
         for partial in self._folder.glob(".client_*"):  # of a worker that was killed
             partial.unlink()
+        self.remove_spare()
 
     def prune(self, round: int) -> None:
         """Let go of what is not needed by anyone who starts again after `round` or later.
@@ -139,13 +198,15 @@ class Memories:
 
     def _takes_spare(self, partial: Path) -> bool:
         """Move a file that nobody needs to `partial`; return whether there was one."""
+        partial.unlink(missing_ok=True)  # of a killed process that had the same number
         with contextlib.suppress(FileNotFoundError), os.scandir(self._spare) as spare:
             return any(takes(Path(entry), partial) for entry in spare)
         return False
 
     def _kept(self) -> list[tuple[int, int]]:
-        names = [path.stem.split("_") for path in self._folder.glob("client_*.npy")]
-        return [(int(client), int(round)) for _, client, _, round in names]
+        paths = self._folder.glob("client_*")
+        names = (re.fullmatch(r"client_(\d{6,})_round_(\d{6,})\.npy", path.name) for path in paths)
+        return [(int(name[1]), int(name[2])) for name in names if name]
 
 
 class Uncached:
@@ -200,7 +261,7 @@ class Uncached:
         """Return what `Memories.recall` returns; it stays until another was, and one is read ahead.
 
         Raises:
-            ValueError: its file is not what `keep` writes.
+            ClientStateError: its file is not what `keep` writes.
         """
         if not round:
             return None
@@ -228,8 +289,11 @@ class Uncached:
             if len(self._to_read) != whole:
                 self._to_read = buffer(whole)
             past_cache(descriptor, lambda: read(descriptor, memoryview(self._to_read), size))
-        begins = _begin_of_numbers(path, self._to_read[:BLOCK], size)
-        return np.frombuffer(self._to_read, np.float32, (size - begins) // 4, begins)
+        head = self._to_read[:BLOCK]
+        begins = _begin_of_numbers(path, head, size)
+        vector = np.frombuffer(self._to_read, np.float32, (size - begins) // 4, begins)
+        _check(path, head, vector)
+        return vector
 
 
 def _parts(vectors: Sequence[Vector]) -> list[memoryview]:
@@ -240,9 +304,11 @@ def _parts(vectors: Sequence[Vector]) -> list[memoryview]:
     """
     if not all(is_finite(vector) for vector in vectors):
         raise DivergedError("what the client remembers holds NaN or infinity")
-    size = sum(vector.size for vector in vectors)
+    size, checksum = sum(vector.size for vector in vectors), 0
     numbers = [np.asarray(vector, np.float32).view(np.uint8).data for vector in vectors]
-    return [memoryview(_header(size)), *numbers, memoryview(bytes(-4 * size % BLOCK))]
+    for part in numbers:
+        checksum = zlib.crc32(part, checksum)
+    return [memoryview(_header(size, checksum)), *numbers, memoryview(bytes(-4 * size % BLOCK))]
 
 
 def _begin_of_numbers(path: Path, head: bytes, size: int) -> int:
@@ -254,27 +320,49 @@ def _begin_of_numbers(path: Path, head: bytes, size: int) -> int:
         size: of all of it, in bytes.
 
     Raises:
-        ValueError: it is not a vector of float32.
+        ClientStateError: it is not a vector of float32.
     """
     file = io.BytesIO(head[:size])
-    version = np.lib.format.read_magic(file)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    try:
+        version = np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # the header is Python text, and what is wrong with it any error
+        said = str(error).partition("\n")[0]
+        raise ClientStateError(f"the client state {path} is damaged: {said}") from error
     left = size - file.tell()
-    if dtype.hasobject:
-        np.load(path, allow_pickle=False)  # refuses it
     if version != (1, 0) or dtype != np.float32 or shape != (left // 4,) or left % 4:
-        raise ValueError(
+        raise ClientStateError(
             f"{path} holds {left} bytes of {dtype} {shape}; expected a vector of float32"
         )
     return file.tell()
 
 
-def _header(size: int) -> bytes:
-    """Return how an npy file of float32 begins, filled up with spaces to a whole block."""
+def _check(path: Path, head: bytes, vector: Vector) -> None:
+    """Compare a file's numbers with the checksum in its first block, if it has one.
+
+    Raises:
+        ClientStateError: they differ.
+    """
+    checksum = _checksum(head)
+    if checksum is not None and checksum != zlib.crc32(vector.view(np.uint8).data):
+        raise ClientStateError(f"the client state {path} is damaged: its checksum differs")
+
+
+def _checksum(head: bytes) -> int | None:
+    """Return the checksum that a file's first block states; None in one of an earlier femfed."""
+    found = re.search(rb"# CRC-32 ([0-9a-f]{8})", head)
+    return int(found[1], 16) if found else None
+
+
+def _header(size: int, checksum: int) -> bytes:
+    """Return how an npy file of float32 begins, filled up with spaces to a whole block.
+
+    The checksum stands in a comment, which NumPy's reader skips.
+    """
     magic = np.lib.format.magic(1, 0)
     about = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": (size,)}
-    length = BLOCK - len(magic) - 2
-    return magic + length.to_bytes(2, "little") + str(about).ljust(length - 1).encode() + b"\n"
+    text, length = f"{about}  # CRC-32 {checksum:08x}", BLOCK - len(magic) - 2
+    return magic + length.to_bytes(2, "little") + text.ljust(length - 1).encode() + b"\n"
 
 
 def _start_writing(descriptor: int) -> None:

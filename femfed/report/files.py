@@ -6,11 +6,13 @@ The first two grow by whole lines while the run goes on, the last two appear who
 import csv
 import io
 import json
+import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 ROUND_COLUMNS = (
     "round",
@@ -36,7 +38,6 @@ ROUND_COLUMNS = (
     "seconds_overhead",
     "seconds_total",
 )
-NEWER_COLUMNS = ("accuracy_mean", "unseen_accuracy_mean")  # older tables of rounds lack them
 CLIENT_COLUMNS = (
     "round",
     "client",
@@ -61,7 +62,17 @@ WRITER_COLUMNS = (
     "test_accuracy",
 )
 
+TABLES = {"clients.csv": CLIENT_COLUMNS, "rounds.csv": ROUND_COLUMNS}  # those that grow
+EVALUATED = tuple(  # empty in a round without evaluation
+    name for name in ROUND_COLUMNS if name.startswith(("test_", "accuracy_", "unseen_"))
+)
+BOM = b"\xef\xbb\xbf"  # with which spreadsheets save tables
+
 Row = Mapping[str, float | int | str | None]
+
+
+class TableError(ValueError):
+    """A table is not what the run wrote."""
 
 
 class RunFiles:
@@ -71,45 +82,79 @@ class RunFiles:
     run that goes on in a folder with tables appends to them, after `rewind`.
 
     Raises:
-        ValueError: the folder holds a table with other columns, or a row has columns too many or
-            too few; they are named.
+        ValueError: a row has columns too many or too few; they are named.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        _mend(folder / "rounds.csv", ROUND_COLUMNS)
-        _mend(folder / "clients.csv", CLIENT_COLUMNS)
+        self._written = dict.fromkeys(TABLES, (0, 0))  # bytes of each table and their CRC-32
+        self._unevaluated = (0, 0)  # of rounds.csv, had its last round not been evaluated
 
-    def rewind(self, finished: int) -> list[dict[str, float | int | None]]:
-        """Cut both tables off after round `finished`; return what is left of rounds.csv.
+    def marks(self) -> dict[str, str]:
+        """Return length and checksum of both tables, for a checkpoint to know them by."""
+        marks = {name: f"{size} {checksum}" for name, (size, checksum) in self._written.items()}
+        size, checksum = self._unevaluated
+        return {**marks, "rounds.csv unevaluated": f"{size} {checksum}"}
 
-        Tables of older versions begin with round 1 and get empty cells in `NEWER_COLUMNS`.
+    def check(self, finished: int, marks: Mapping[str, str]) -> dict[str, bytes]:
+        """Return both tables up to round `finished`; a table that is lost has no rows.
+
+        Line ends and a byte order mark of a spreadsheet's are no damage. Tables of older versions
+        begin with round 1 and get empty cells in newer columns.
+
+        Args:
+            finished: the round.
+            marks: what `marks` was after it; empty in a checkpoint of an earlier femfed.
 
         Raises:
-            ValueError: one of the rounds up to there is missing.
+            TableError: a table is not what the run wrote.
         """
-        kept = []
-        for name, columns in (("clients.csv", CLIENT_COLUMNS), ("rounds.csv", ROUND_COLUMNS)):
+        tables = {}
+        for name, columns in TABLES.items():
             path = self._folder / name
-            rows = []
-            if path.exists():
-                empty = dict.fromkeys(columns, "")
-                with path.open(newline="", encoding="utf-8") as table:
-                    rows = [
-                        empty | row
-                        for row in csv.DictReader(table)
-                        if int(row["round"]) <= finished
-                    ]
+            tables[name] = b""
+            if finished < 1 or not path.exists():
+                continue
+            content = path.read_bytes()
+            plain = content.removeprefix(BOM).replace(b"\r\n", b"\n")
+            if name in marks:
+                known = [marks[key] for key in (name, f"{name} unevaluated") if key in marks]
+                table = _marked(path, finished, (content, plain), known)
+                tables[name] = _with_columns(path, table, columns)
+            else:
+                tables[name] = _parsed(path, finished, plain, columns)
+        return tables
+
+    def rewind(
+        self, finished: int, tables: Mapping[str, bytes], evaluated: bool = True
+    ) -> list[dict[str, float | int | None]]:
+        """Put both tables back to how they were after round `finished`.
+
+        Args:
+            finished: the round.
+            tables: what `check` returned.
+            evaluated: whether that round keeps its evaluation.
+
+        Returns:
+            The rows of rounds.csv.
+        """
+        rows = list[Any]()
+        for name, content in tables.items():
+            path, whole = self._folder / name, content
+            rows = list(csv.DictReader(io.StringIO(content.decode(), newline="")))
+            if name == "rounds.csv" and rows and not evaluated:
+                rows[-1] |= dict.fromkeys(EVALUATED, "")
+                whole = _header(ROUND_COLUMNS) + _lines(path, rows, ROUND_COLUMNS)
+            if whole:
                 with replacing(path) as file:
-                    file.write(_header(columns) + _lines(path, rows, columns))
-            kept = rows
-        found = [int(row["round"]) for row in kept]
-        if found not in (list(range(finished + 1)), list(range(1, finished + 1))):
-            raise ValueError(f"{self._folder / 'rounds.csv'} lacks rounds up to {finished}")
+                    file.write(whole)
+            else:
+                path.unlink(missing_ok=True)
+            self._written[name] = len(whole), zlib.crc32(whole)
         return [
             {name: int(cell) if name == "round" else _number(cell) for name, cell in row.items()}
-            for row in kept
+            for row in rows
         ]
 
     def sync(self) -> None:
@@ -120,11 +165,15 @@ class RunFiles:
 
     def append_round(self, row: Row) -> None:
         """Append the line of one round to rounds.csv."""
-        _append(self._folder / "rounds.csv", [row], ROUND_COLUMNS)
+        before = self._written["rounds.csv"]
+        self._append("rounds.csv", [row])
+        unevaluated = {**row, **dict.fromkeys(EVALUATED)}
+        lines = _lines(self._folder / "rounds.csv", [unevaluated], ROUND_COLUMNS)
+        self._unevaluated = _longer(before, lines if before[0] else _header(ROUND_COLUMNS) + lines)
 
     def append_clients(self, rows: Iterable[Row]) -> None:
         """Append the lines of one round's clients to clients.csv: all or, on error, none."""
-        _append(self._folder / "clients.csv", rows, CLIENT_COLUMNS)
+        self._append("clients.csv", rows)
 
     def write_writers(self, rows: Iterable[Row]) -> None:
         """Write writers.csv, the final accuracy of every writer."""
@@ -133,17 +182,33 @@ class RunFiles:
             file.write(_header(WRITER_COLUMNS) + _lines(path, rows, WRITER_COLUMNS))
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
-        """Write summary.json."""
+        """Write summary.json; a number that is not finite, which JSON has not, becomes null."""
         with replacing(self._folder / "summary.json") as file:
-            file.write(json.dumps(summary, indent=2).encode() + b"\n")
+            file.write(json.dumps(_finite(summary), indent=2, allow_nan=False).encode() + b"\n")
+
+    def _append(self, name: str, rows: Iterable[Row]) -> None:
+        path = self._folder / name
+        lines = _lines(path, rows, TABLES[name])  # before the file is touched: a bad row is no line
+        with path.open("ab") as file:
+            if not file.tell():
+                lines = _header(TABLES[name]) + lines
+            file.write(lines)
+        self._written[name] = _longer(self._written[name], lines)
+
+
+def last_is_evaluated(table: bytes) -> bool:
+    """Return whether the last row of a rounds.csv has an evaluation."""
+    rows = list(csv.DictReader(io.StringIO(table.decode(), newline="")))
+    return bool(rows) and any(rows[-1][name] for name in EVALUATED)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that becomes `path` when the block ends, and leaves no trace if it raises."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.unlink(missing_ok=True)  # of a killed process that had the same number
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -156,10 +221,18 @@ def _number(cell: str) -> float | None:
     return float(cell) if cell else None
 
 
-def _append(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
-    lines = _lines(path, rows, columns)  # before the file is touched: a bad row leaves no trace
-    with path.open("ab") as file:
-        file.write(lines if file.tell() else _header(columns) + lines)
+def _finite(value: Any) -> Any:
+    """Return a value for JSON, with None for every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _longer(mark: tuple[int, int], lines: bytes) -> tuple[int, int]:
+    """Return length and checksum of a table after some more lines."""
+    return mark[0] + len(lines), zlib.crc32(lines, mark[1])
 
 
 def _header(columns: Sequence[str]) -> bytes:
@@ -178,16 +251,58 @@ def _lines(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> bytes:
     return text.getvalue().encode()
 
 
-def _mend(path: Path, columns: Sequence[str]) -> None:
-    """Cut off the half line that a killed run may have left, so that a resumed one can append."""
-    if not path.exists():
-        return
-    with path.open("r+b") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-    header = content[: content.find(b"\n") + 1]
-    older = [column for column in columns if column not in NEWER_COLUMNS]
-    if header and header not in (_header(columns), _header(older)):
-        raise ValueError(
-            f"{path} has the columns {header.decode().strip()}; expected {','.join(columns)}"
+def _marked(path: Path, finished: int, contents: Iterable[bytes], marks: Iterable[str]) -> bytes:
+    """Return the part of a table that has the length and checksum of one of the marks.
+
+    Raises:
+        TableError: none has.
+    """
+    for mark in marks:
+        size, checksum = (int(part) for part in mark.split())
+        for content in contents:
+            if len(content) >= size and zlib.crc32(content[:size]) == checksum:
+                return content[:size]
+    raise TableError(f"{path} is not what the run wrote up to round {finished}")
+
+
+def _parsed(path: Path, finished: int, content: bytes, columns: Sequence[str]) -> bytes:
+    """Return the part of a table up to a round, where no checkpoint has a mark of it.
+
+    Raises:
+        TableError: it has other columns, or a round is missing.
+    """
+    whole = content[: content.rfind(b"\n") + 1]  # a killed run may have left half a line
+    try:
+        whole = _with_columns(path, whole, columns)
+        rows = list(csv.DictReader(io.StringIO(whole.decode(), newline="")))
+        rows = [row for row in rows if int(row["round"]) <= finished]
+        if path.name == "rounds.csv":
+            rounds = [int(row["round"]) for row in rows]
+            if [round for round in rounds if round] != list(range(1, finished + 1)):
+                raise ValueError(f"it lacks rounds up to {finished}")
+            for cell in (cell for row in rows for cell in row.values()):
+                _number(cell)
+        return _header(columns) + _lines(path, rows, columns)
+    except TableError:
+        raise
+    except (ValueError, TypeError, csv.Error) as error:
+        raise TableError(f"{path} is not what the run wrote: {error}") from None
+
+
+def _with_columns(path: Path, content: bytes, columns: Sequence[str]) -> bytes:
+    """Return a table with all of these columns; those that an earlier femfed lacks are empty.
+
+    Raises:
+        TableError: it has others.
+    """
+    if content.startswith(_header(columns)):
+        return content
+    rows = csv.DictReader(io.StringIO(content.decode(errors="replace"), newline=""))
+    if surplus := set(rows.fieldnames or [""]) - set(columns):
+        first = ",".join(map(str, rows.fieldnames or [""]))[:200]
+        raise TableError(
+            f"{path} has the columns {first}; expected {','.join(columns)} (surplus: "
+            f"{', '.join(sorted(map(str, surplus)))[:200]})"
         )
+    filled = [{name: row.get(name) for name in columns} for row in rows]
+    return _header(columns) + _lines(path, filled, columns)
