@@ -137,6 +137,7 @@ MAY_CHANGE = (
     *("list_clients", "dataset.path", "cache", "resume"),
 )
 CONFIG_BYTES = 2**18  # at most, of a run's config: femfed writes a few thousand
+CONFIG_DEPTH = 32  # at most: femfed writes 4
 INTERPOLATION = re.compile(r"(?<!\\)\$\{(?!oc\.select:local\.[a-z_]+,[0-9.]+\})")  # but conf/'s own
 
 
@@ -381,6 +382,8 @@ def resumed(
         own: Any = OmegaConf.merge(OmegaConf.structured(Config), written)
     except OmegaConfBaseException as error:
         raise UserError(f"{config}: {explain(error)}") from None
+    if missing := sorted(OmegaConf.missing_keys(own)):
+        raise UserError(f"{config} lacks {missing[0]}; expected what the run wrote; put that back")
     for each in ("dataset.path", "cache"):
         path = OmegaConf.select(own, each)
         if isinstance(path, str) and path and path[0] not in "~/":  # of an earlier femfed
@@ -425,7 +428,12 @@ def _read(path: Path, interpolations: bool) -> Any:
         if path.stat().st_size > CONFIG_BYTES:
             raise UserError(f"{path} has {path.stat().st_size} bytes; {expected}")
         text = path.read_text(encoding="utf-8")
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > CONFIG_DEPTH:  # the reader takes quadratic time and Python's stack
+                raise UserError(f"{path} is nested too deeply; {expected}")
             if isinstance(event, yaml.AliasEvent):
                 raise UserError(f"{path} has the alias *{event.anchor}; {expected}")
             value = getattr(event, "value", None)
@@ -436,8 +444,6 @@ def _read(path: Path, interpolations: bool) -> Any:
         return OmegaConf.load(path)
     except UserError:
         raise
-    except RecursionError:
-        raise UserError(f"{path} is nested too deeply; {expected}") from None
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read: {said}; {expected}") from None

@@ -102,7 +102,7 @@ def test_a_table_of_an_older_version_gets_the_newer_columns(tmp_path: Path) -> N
     (tmp_path / "rounds.csv").write_text(f"{','.join(names)}\n{old}")
     files = RunFiles(tmp_path)
 
-    kept = files.rewind(2)
+    kept = files.rewind(2, files.check(2, {}))
     files.append_round(a_round(3, accuracy_mean=0.25))
 
     assert [(row["round"], row["accuracy_mean"]) for row in kept] == [(1, None), (2, None)]

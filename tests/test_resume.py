@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from femfed import UserError, checkpoint
 from femfed.client import LocalTraining
 from femfed.engine import ray as ray_engine
 from femfed.engine.inline import InlineEngine
-from femfed.engine.memory import Memories
+from femfed.engine.memory import Memories, Uncached
 from femfed.engine.wire import AT, left_by_the_dead
 from femfed.folder import how_to_resume
 from femfed.local import DivergedError
@@ -98,6 +99,16 @@ def unfinished(folder: Path) -> None:
     """Make a finished run look as if it had been killed in its last round."""
     for name in ("summary.json", "model.keras", "writers.csv", "curves.png", "writers.png"):
         (folder / name).unlink()
+
+
+def of_an_earlier_femfed(folder: Path) -> None:
+    """Make checkpoints know neither tables nor client states, and states have no checksum."""
+    for path in sorted((folder / "checkpoint").iterdir()):
+        saved = checkpoint.load(path)
+        about = {name: saved.about[name] for name in ("dataset", "tensorflow", "numpy")}
+        checkpoint.save(path.parent, replace(saved, about=about, clients=None))
+    for path in (folder / "memory").glob("*.npy"):
+        np.save(path, np.load(path))
 
 
 # by hand and by SIGKILL
@@ -232,6 +243,7 @@ def test_a_run_without_round_0_goes_on_without_it(
     table = five / "rounds.csv"
     header, _, *rows = table.read_text().splitlines(keepends=True)
     table.write_text("".join([header, *rows]))
+    of_an_earlier_femfed(five)
     unfinished(five)
 
     assert "goes on from round 4" in resume(monkeypatch, five)
@@ -418,6 +430,425 @@ def test_a_folder_has_one_process(five: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (five / ".hydra" / "config.yaml").exists()
 
 
+# what a resume builds on is what was written
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """What a run of six rounds comes to that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "six"
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, folder, "rounds=6", "strategy=scaffold")
+    return faults.result(folder)
+
+
+def newest_state(folder: Path, round: int) -> Path:
+    """Return the file of a client that took part in a round."""
+    return sorted((folder / "memory").glob(f"client_*_round_{round:06d}.npy"))[0]
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def edit(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+LAST = {  # what the newest checkpoint counts on and the one before does not
+    "a state is missing": lambda run: newest_state(run, 5).unlink(),
+    "a number of a state": lambda run: flip(newest_state(run, 5), -8),
+    "a state's header": lambda run: flip(newest_state(run, 5), 3),
+    "half a state": lambda run: edit(newest_state(run, 5), lambda content: content[:9000]),
+    "an older state": lambda run: shutil.copy(newest_state(run, 4), newest_state(run, 5)),
+    "a digit of rounds.csv": lambda run: edit(run / "rounds.csv", last_digit),
+    "a digit of clients.csv": lambda run: edit(run / "clients.csv", last_digit),
+    "half of rounds.csv's last row": lambda run: edit(run / "rounds.csv", lambda all: all[:-40]),
+}
+
+
+def last_digit(table: bytes) -> bytes:
+    """Change the last digit but those of the seconds: the round's number of the last row."""
+    before, _, row = table.rstrip(b"\n").rpartition(b"\n")
+    return before + b"\n" + row.replace(b"5,", b"6,", 1) + b"\n"
+
+
+@pytest.mark.parametrize("damage", LAST)
+def test_damage_to_what_the_newest_checkpoint_counts_on_costs_a_round(
+    five: Path, six: dict[str, object], monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    LAST[damage](five)
+
+    said = resume(monkeypatch, five, "rounds=6")
+
+    assert str(five) in said
+    assert "tries the checkpoint before" in said
+    assert "goes on from round 4" in said
+    assert faults.result(five) == six
+
+
+EARLIER = {  # what both checkpoints count on
+    "all client states": (lambda run: shutil.rmtree(run / "memory"), "memory/client_"),
+    "a digit of rounds.csv": (
+        lambda run: edit(run / "rounds.csv", lambda all: all.replace(b"\n2,", b"\n7,")),
+        "rounds.csv is not what the run wrote up to round 5",
+    ),
+    "a digit of clients.csv": (
+        lambda run: edit(run / "clients.csv", lambda all: all.replace(b"\n2,", b"\n7,")),
+        "clients.csv is not what the run wrote up to round 5",
+    ),
+    "half of rounds.csv": (
+        lambda run: edit(run / "rounds.csv", lambda all: all[: len(all) // 2]),
+        "rounds.csv is not what the run wrote",
+    ),
+    "the config's seed": (
+        lambda run: edit(
+            run / ".hydra" / "config.yaml", lambda all: all.replace(b"\nseed: 0", b"\nseed: 7")
+        ),
+        "is of a run with seed=0, where this run's config has 7",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", EARLIER)
+def test_damage_to_what_all_checkpoints_count_on_is_named_and_nothing_is_changed(
+    five: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    do, named = EARLIER[damage]
+    do(five)
+    before = contents(five)
+
+    line = refused(monkeypatch, f"resume={five}", "rounds=6")
+
+    assert named in line
+    assert "put them back" in line
+    after = contents(five)
+    del before["simulate.log"], after["simulate.log"]
+    assert after == before
+
+
+@pytest.mark.parametrize("strategy", ["ditto", "fedper", "feddyn"])
+def test_lost_client_states_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    run(monkeypatch, tmp_path / "run", "rounds=2", f"strategy={strategy}", "model=2nn")
+    shutil.rmtree(tmp_path / "run" / "memory")
+
+    assert "is missing" in refused(monkeypatch, f"resume={tmp_path}/run", "rounds=3")
+
+
+def test_a_state_that_is_damaged_while_the_run_goes_on_is_named(tmp_path: Path) -> None:
+    memories = Memories(tmp_path)
+    memories.keep(4, 2, [np.arange(2000, dtype=np.float32)])
+    flip(memories.path(4, 2), -8)
+
+    for reader in (memories, Uncached(memories)):
+        with pytest.raises(OSError, match=r"client_000004_round_000002\.npy is damaged"):
+            reader.recall(4, 2)
+
+
+def test_tables_that_a_spreadsheet_saved_are_taken(
+    five: Path, six: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("rounds.csv", "clients.csv"):
+        edit(five / name, lambda all: b"\xef\xbb\xbf" + all.replace(b"\n", b"\r\n"))
+
+    assert "goes on from round 5" in resume(monkeypatch, five, "rounds=6")
+    assert faults.result(five) == six
+    assert b"\r" not in (five / "rounds.csv").read_bytes()
+
+
+def test_a_lost_table_is_said_and_goes_on_with_the_next_round(
+    five: Path, six: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (five / "rounds.csv").unlink()
+
+    said = resume(monkeypatch, five, "rounds=6")
+
+    assert "rounds.csv is lost; it goes on with round 6" in said
+    assert "goes on from round 5" in said
+    found = faults.result(five)
+    rows = found.pop("rounds.csv")
+    assert isinstance(rows, list)
+    assert [row["round"] for row in rows] == ["6"]
+    assert found == {name: value for name, value in six.items() if name != "rounds.csv"}
+
+
+def test_a_checkpoint_of_another_run_gives_way(
+    five: Path, six: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, tmp_path / "other", "rounds=5", "strategy=scaffold", "seed=3")
+    shutil.copy(tmp_path / "other/checkpoint/round_000005.npz", five / "checkpoint")
+    (five / "checkpoint" / "round_000004 (copy).npz").write_bytes(b"a copy")
+
+    said = resume(monkeypatch, five, "rounds=6")
+
+    assert "round_000005.npz is of a run with seed=3, where this run's config has 0" in said
+    assert "goes on from round 4" in said
+    assert faults.result(five) == six
+
+
+def test_a_checkpoint_under_another_name_is_damaged(five: Path) -> None:
+    folder = five / "checkpoint"
+    shutil.copy(folder / "round_000004.npz", folder / "round_000009.npz")
+
+    with pytest.raises(checkpoint.DamagedError, match="is of round 4"):
+        checkpoint.load(folder / "round_000009.npz")
+
+
+def test_a_checkpoint_that_is_compressed_is_not_unpacked(tmp_path: Path) -> None:
+    bomb = tmp_path / "round_000001.npz"
+    np.savez_compressed(bomb, about=np.zeros(9, np.uint8))
+
+    with pytest.raises(checkpoint.DamagedError, match="compressed"):
+        checkpoint.load(bomb)
+
+
+def test_a_run_of_an_earlier_femfed_goes_on(
+    five: Path, six: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_an_earlier_femfed(five)
+    unfinished(five)
+
+    said = resume(monkeypatch, five, "rounds=6")
+
+    assert "is of an earlier femfed and has no checksums" in said
+    assert faults.result(five) == six
+
+
+def test_the_last_rounds_own_evaluation_leaves_the_tables_of_a_longer_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, rounds in (("short", 3), ("long", 5)):
+        run(monkeypatch, tmp_path / name, f"rounds={rounds}", "evaluate.every=2")
+
+    said = resume(monkeypatch, tmp_path / "short", "rounds=5")
+
+    assert "drops the evaluation of round 3" in said
+    assert faults.result(tmp_path / "short") == faults.result(tmp_path / "long")
+
+
+def test_what_killed_runs_had_begun_is_removed_everywhere(
+    five: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = [".clients.csv.29200", ".writers.png.25273", ".model.keras.5162.keras"]
+    begun += [".hydra/config.yaml.new", "memory/.client_000001_round_000009.npy.7"]
+    begun += ["memory/spare/client_000001_round_000001.npy", "checkpoint/.round_000009.npz.7"]
+    (five / "memory" / "spare").mkdir(exist_ok=True)
+    for name in begun:
+        (five / name).write_bytes(b"half")
+    (five / ".mine.csv.1").touch()
+
+    resume(monkeypatch, five, "rounds=6")
+
+    assert [name for name in begun if (five / name).exists()] == []
+    assert (five / ".mine.csv.1").exists()
+
+
+# the run's folder and what is not the run's
+
+
+@pytest.mark.parametrize(
+    "name", ["tensorboard/mine", "memory/client_mine", "model.keras", "summary.json", ".hidden"]
+)
+def test_a_new_run_in_a_folder_of_the_users_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    mine = tmp_path / "mine" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    monkeypatch.chdir(tmp_path / "mine")
+
+    line = refused(monkeypatch, *TINY, "hydra.run.dir=.")
+
+    assert f"is not empty: it holds {name.partition('/')[0]!r}" in line
+    assert contents(tmp_path / "mine") == {name: b"mine"}
+
+
+LINKS = {
+    "rounds.csv": "rounds.csv",
+    "memory": "memory",
+    "checkpoint": "checkpoint",
+    "tensorboard": "tensorboard",
+    "the config's folder": ".hydra",
+    "a state": "memory/client_000000_round_000001.npy",
+    "a file to overwrite": "checkpoint/.spare",
+    "the log": "simulate.log",
+}
+
+
+@pytest.mark.parametrize("what", LINKS)
+def test_links_to_elsewhere_are_refused_and_nothing_there_is_changed(
+    five: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    path, elsewhere = five / LINKS[what], tmp_path / "elsewhere"
+    if path.exists():
+        path.rename(elsewhere)
+    else:
+        elsewhere.write_text("mine")
+    path.symlink_to(elsewhere)
+    before = contents(elsewhere) if elsewhere.is_dir() else elsewhere.read_bytes()
+
+    line = refused(monkeypatch, f"resume={five}", "rounds=6")
+
+    assert f"{path} is a link" in line
+    assert before == (contents(elsewhere) if elsewhere.is_dir() else elsewhere.read_bytes())
+
+
+def test_a_copy_made_of_hard_links_leaves_the_first_run_as_it_is(
+    five: Path, six: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(five, tmp_path / "copy", copy_function=os.link)
+    before = contents(five)
+
+    resume(monkeypatch, tmp_path / "copy", "rounds=6")
+
+    assert faults.result(tmp_path / "copy") == six
+    assert contents(five) == before
+
+
+def test_a_pipe_in_place_of_a_table_is_refused(five: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (five / "clients.csv").unlink()
+    os.mkfifo(five / "clients.csv")
+
+    assert "is a link or no file" in refused(monkeypatch, f"resume={five}", "rounds=6")
+
+
+LAUGHS = "".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]\n" for i in range(1, 12))
+CONFIGS = {
+    "aliases": (".hydra/config.yaml", f"l0: &l0 [ha]\n{LAUGHS}", "alias"),
+    "half of it": (".hydra/config.yaml", "clients: [4, {a:", "cannot be read"),
+    "nesting": (".hydra/config.yaml", "[" * 50_000, "nested too deeply"),
+    "nested keys": (".hydra/config.yaml", "{a: " * 50_000, "nested too deeply"),
+    "too much": (".hydra/config.yaml", "#" * 2**20, "bytes"),
+    "not text": (".hydra/config.yaml", "\0", "cannot be read"),
+    "a list": (".hydra/config.yaml", "[1, 2]", "config.yaml"),
+    "nothing": (".hydra/config.yaml", "", "config.yaml"),
+    "a surplus key": (".hydra/config.yaml", "surplus: 1", "surplus"),
+    "interpolations": (".hydra/config.yaml", "seed: ${clients}${clients}", "interpolation"),
+    "no choices": (".hydra/hydra.yaml", "hydra: {runtime: {cwd: /}}", "choices.dataset"),
+    "no hydra": (".hydra/hydra.yaml", "[]", "choices.dataset"),
+    "a list of choices": (
+        ".hydra/hydra.yaml",
+        "hydra: {runtime: {choices: {dataset: glyphs, strategy: [a], model: cnn}}}",
+        "choices.strategy",
+    ),
+    "a huge choice": (
+        ".hydra/hydra.yaml",
+        f"hydra: {{runtime: {{choices: {{dataset: glyphs, strategy: {'a' * 10_000}, model: b}}}}}}",
+        "choices.strategy",
+    ),
+    "an odd choice": (
+        ".hydra/hydra.yaml",
+        'hydra: {runtime: {choices: {dataset: glyphs, strategy: "a\\e[31m", model: b}}}',
+        "choices.strategy",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_a_config_that_no_run_wrote_is_refused_in_a_line(
+    five: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    name, text, named = CONFIGS[what]
+    (five / name).write_text(text)
+
+    line = refused(monkeypatch, f"resume={five}", "rounds=6")
+
+    assert named in line
+    assert len(line) < 1000
+
+
+@pytest.mark.parametrize("name", ["b,c=d'e", "ends'", "a b(1) #&{}", "'quoted'", "\ud55c\uae00~"])
+def test_a_run_under_any_name_is_resumed(
+    five: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    odd = five.rename(five.parent / name)
+
+    assert "goes on from round 5" in resume(monkeypatch, odd, "rounds=6")
+
+
+def test_options_may_come_after_the_overrides(
+    five: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own"
+    (own / "experiment").mkdir(parents=True)
+
+    assert "goes on from round 5" in resume(monkeypatch, five, "rounds=6", "--config-dir", str(own))
+
+
+def test_another_run_dir_is_refused(
+    five: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = f"hydra.run.dir={tmp_path}/other"
+    assert "resume=DIR alone" in refused(monkeypatch, f"resume={five}", other)
+    assert not (tmp_path / "other").exists()
+
+
+def test_evaluate_every_and_the_cache_may_change(
+    five: Path, six: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resume(monkeypatch, five, "rounds=7", "evaluate.every=3", f"cache={tmp_path}/cache2")
+
+    rows = faults.result(five)["rounds.csv"]
+    assert isinstance(rows, list)
+    assert [bool(row["test_loss"]) for row in rows] == [True] * 8
+    written = (five / ".hydra" / "config.yaml").read_text()
+    assert f"cache: {tmp_path}/cache2" in written
+    assert "every: 3" in written
+
+
+def test_paths_are_kept_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = typed(
+        monkeypatch, *TINY, "rounds=1", "cache=cache", f"hydra.run.dir={tmp_path}/run"
+    )
+    assert code == 0, out + err
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+
+    resume(monkeypatch, tmp_path / "run", "rounds=2")
+
+    assert list((tmp_path / "sub").iterdir()) == []
+
+
+def test_a_folder_that_is_removed_while_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = RunFiles.append_clients
+
+    def removed(self: RunFiles, rows: Any) -> None:
+        rows = list(rows)
+        if rows and rows[0]["round"] == 2:
+            shutil.rmtree(tmp_path / "run")
+        append(self, rows)
+
+    monkeypatch.setattr(RunFiles, "append_clients", removed)
+    paths = [f"cache={tmp_path}/cache", f"hydra.run.dir={tmp_path}/run"]
+
+    code, _, err = typed(monkeypatch, *TINY, "rounds=4", *paths)
+
+    assert code == 2
+    (line,) = err.splitlines()
+    assert "the folder of the run, was removed while it ran" in line
+    assert "room" not in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_there_is_no_advice_to_resume_before_a_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [f"cache={tmp_path}/cache", f"hydra.run.dir={tmp_path}/run"]
+
+    code, _, err = typed(monkeypatch, *TINY, "local.learning_rate=1e30", *paths)
+
+    assert code == 1
+    assert "resume=" not in err
+    assert not (tmp_path / "run").exists()
+
+
 # clients that fail
 
 
@@ -512,6 +943,27 @@ def test_a_diverging_run_is_stopped_with_advice(
     assert code == 1
     assert "the run diverged: round" in err
     assert "try a smaller local.learning_rate" in err
+
+
+def test_an_error_in_mid_run_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = LocalTraining.train
+
+    def train_or_fail(self: LocalTraining, writer: Any, round: int, *rest: Any) -> Any:
+        if round == 3:
+            raise DivergedError("training loss is nan")
+        return train(self, writer, round, *rest)
+
+    paths = [f"cache={tmp_path}/cache", f"hydra.run.dir={tmp_path}/run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalTraining, "train", train_or_fail)
+        code, _, err = typed(patch, *TINY, "rounds=4", *paths)
+
+    assert code == 1
+    (line,) = err.splitlines()
+    assert "no finished round is lost: python simulate.py resume=" in line
+    assert "goes on from round 2" in resume(monkeypatch, tmp_path / "run", "on_client_error=drop")
 
 
 # lost workers
