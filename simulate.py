@@ -117,8 +117,9 @@ def simulate(cfg: DictConfig) -> None:
         broken.extend([error] if isinstance(error, EngineError) else [])
         print(trace, end="\n" if trace else "", file=sys.stderr)
     except OSError as error:
+        said, advice = explain(error, folder)
         how = ended()
-        run_failed(explain(error, folder, how), 1 if how else 2)
+        run_failed(f"{said}; {how or advice}", 1 if how else 2)
     except Stopped as stopped:
         done = f"{len(finished)} runs done" if is_sweep else ""
         fail("; ".join(filter(None, ["stopped", done, ended()])), 0)

@@ -67,7 +67,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     about = json.dumps(known).encode()
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with partial.open("r+b" if takes(folder / SPARE, partial) else "xb") as file:
+        with partial.open("r+b" if takes(folder / SPARE, partial) else "wb") as file:
             np.savez(file, allow_pickle=False, about=np.frombuffer(about, np.uint8), **arrays)
             file.truncate()
             file.flush()
@@ -108,9 +108,8 @@ def remove_others(folder: Path) -> None:
 def rounds(folder: Path) -> list[int]:
     """Return the rounds that `folder` has checkpoints of, in order."""
     names = (re.fullmatch(r"round_(\d{6,})\.npz", path.name) for path in folder.glob("round_*"))
-    return sorted(
-        int(name[1]) for name in names if name and path_of(folder, int(name[1])).is_file()
-    )
+    numbers = {int(name[1]) for name in names if name}
+    return sorted(number for number in numbers if path_of(folder, number).is_file())
 
 
 def path_of(folder: Path, round: int) -> Path:

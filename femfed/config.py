@@ -462,7 +462,7 @@ def _choices(path: Path) -> tuple[dict[str, Any], Path]:
     choices = {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
     for group in ("dataset", "strategy", "model"):
         name = choices.get(group)
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.@+-]{1,100}", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.@+/-]{1,100}", name):
             raise UserError(
                 f"{path} has hydra.runtime.choices.{group}={str(name)[:50]!r}; expected the name "
                 f"of a file in conf/{group}; put back what the run wrote"
@@ -496,7 +496,8 @@ def save(cfg: DictConfig, folder: Path) -> None:
     for holder, key in ((kept["dataset"], "path"), (kept, "cache")):
         path = str(holder.get(key) or "")
         if path and not path.startswith("~"):  # relative to the folder that it was given in
-            path = str(Path(path).absolute())
+            there = Path(path)
+            path = str(there.resolve() if ".." in there.parts else there.absolute())
         if path:
             holder[key] = path.replace("${", "\\${")  # no interpolation
     OmegaConf.save(kept, partial)

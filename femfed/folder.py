@@ -72,7 +72,8 @@ def check_new(folder: Path, key: str) -> list[str]:
             f"{folder} holds a run already; expected another {key}, or "
             f"resume={folder} to go on with it"
         )
-    links = [name for name in names if not _is_own(folder / name)]
+    begun = [folder / name for name in names] + list((folder / ".hydra").glob("*"))
+    links = [str(path.relative_to(folder)) for path in begun if not _is_own(path)]
     if others := [name for name in names if name not in BEGUN] + links:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise UserError(
@@ -126,22 +127,16 @@ def remove_partial_files(folder: Path) -> None:
     (folder / ".hydra" / "config.yaml.new").unlink(missing_ok=True)
 
 
-def explain(error: OSError, folder: Path, how: str) -> str:
-    """Return in a line what an error of the system's means for a run, and what to do.
-
-    Args:
-        error: the error.
-        folder: of the run.
-        how: how to go on with the run; empty before its first round.
-    """
+def explain(error: OSError, folder: Path) -> tuple[str, str]:
+    """Return what an error of the system's means for the run in `folder`, and what to do."""
+    elsewhere = "give another folder (hydra.run.dir, cache)"
     if not folder.exists():
-        return f"{folder}, the folder of the run, was removed while it ran; start the run again"
-    said, advice = str(error), "give another folder (hydra.run.dir, cache)"
+        return f"{folder}, the folder of the run, was removed while it ran", "start the run again"
     if isinstance(error, FileNotFoundError) and error.filename is not None:
-        said, advice = f"{error.filename} was removed while the run needed it", "start it again"
-    elif error.errno in NO_ROOM:
-        advice = f"make room there, or {advice}"
-    return f"{said}; {how or advice}"
+        return f"{error.filename} was removed while the run needed it", "start the run again"
+    if error.errno in NO_ROOM:
+        return str(error), f"make room there, or {elsewhere}"
+    return str(error), elsewhere
 
 
 def discard(folder: Path, before: Collection[str]) -> None:

@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from femfed.engine.memory import Memories
 from femfed.engine.rounds import NOTHING_FINISHED, Round, client_rows, row, writer_rows
 from femfed.folder import remove_partial_files
 from femfed.report.events import Events
-from femfed.report.files import RunFiles, last_is_evaluated
+from femfed.report.files import Row, RunFiles, last_is_evaluated
 from femfed.report.plots import plot_curves, plot_writers
 from femfed.report.progress import Progress
 
@@ -56,6 +56,8 @@ class Results:
         self._seconds = {"total": 0.0, "startup": 0.0, "train": 0.0, "evaluate": 0.0}
         self._versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         self._last: Round | None = None
+        self._events: Events | None = None  # made with the first round: a refused run has none
+        self._rows: Sequence[Row] = ()  # of rounds.csv, that the run goes on after
         self._synced = 0  # the last round whose memories are on the disk
         self._states: checkpoint.ClientStates = {}  # the newest of them
         self._rounds = 0
@@ -102,7 +104,7 @@ class Results:
         self._synced = max(0, finished)
         checkpoint.remove_others(self._folder / "checkpoint")
         (self._folder / "summary.json").unlink(missing_ok=True)
-        self._events = Events(self._folder, rows)
+        self._rows = rows
         for name in ("total", "train", "evaluate"):
             self._seconds[name] = sum(float(each[f"seconds_{name}"] or 0.0) for each in rows)
         return begun
@@ -149,7 +151,7 @@ class Results:
     def _check_dataset(self, found: checkpoint.Checkpoint) -> None:
         ours = self._store.folder.name
         theirs = found.about.get("dataset", ours)
-        if theirs != ours:
+        if theirs not in {ours, *self._store.known_as}:
             raise UserError(
                 f"the run in {self._folder} began with the dataset store {theirs}, but this is "
                 f"{ours}; expected the same source, unchanged"
@@ -191,6 +193,8 @@ class Results:
         line, clients = row(finished), client_rows(finished, self._federation, self._store)
         self._files.append_clients(clients)
         self._files.append_round(line)
+        if self._events is None:
+            self._events = Events(self._folder, self._rows)
         self._events.append_round(line)
         # Of the last round but one as well: a run that ends in its last goes on from there.
         due = finished.number % self._checkpoint_every == 0 or finished.number >= self._rounds - 1
@@ -217,6 +221,7 @@ class Results:
     ) -> None:
         """Write what is known at the end only."""
         assert self._last is not None
+        assert self._events is not None
         final = row(self._last)
         self._files.write_writers(writer_rows(self._last, self._federation, self._store))
         plot_curves(self._folder, title)

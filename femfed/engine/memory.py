@@ -73,7 +73,7 @@ class Memories:
         path = self.path(client, round)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            mode = "r+b" if self._takes_spare(partial) else "xb"
+            mode = "r+b" if self._takes_spare(partial) else "wb"
             with opened(partial, mode) as descriptor:
                 yield descriptor
             partial.replace(path)
@@ -102,7 +102,7 @@ class Memories:
         """Return each client's newest round up to `finished`, 0 where there is none."""
         newest = np.zeros(clients, np.int64)
         for client, round in self._kept():
-            if round <= finished:
+            if round <= finished and client < clients:
                 newest[client] = max(newest[client], round)
         return newest
 
