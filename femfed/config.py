@@ -339,8 +339,8 @@ def in_place(arguments: list[str]) -> list[str]:
         return arguments
     path = given[-1].lstrip("+").removeprefix("resume=")
     folder = Path(os.path.expanduser(path)).absolute()
-    if not folder.exists() and path[:1] == path[-1:] and path[:1] in ("'", '"'):  # as for Hydra
-        folder = Path(os.path.expanduser(path[1:-1].replace("\\'", "'"))).absolute()
+    if not folder.exists():  # but quoted for Hydra
+        folder = Path(os.path.expanduser(command_line.unquoted(path))).absolute()
     if not (folder / ".hydra" / "config.yaml").is_file():
         raise UserError(
             f"resume={path}: no run in {folder}; expected the folder of a run, outputs/DATE/TIME"
@@ -387,7 +387,7 @@ def resumed(
     for each in ("dataset.path", "cache"):
         path = OmegaConf.select(own, each)
         if isinstance(path, str) and path and path[0] not in "~/":  # of an earlier femfed
-            OmegaConf.update(own, each, str(came_from / path).replace("${", "\\${"))
+            OmegaConf.update(own, each, str(came_from / path))
     known: Any = OmegaConf.create(OmegaConf.to_container(own))
     for override in overrides:
         key = re.split(r"[=@]", override.lstrip("+~"))[0]
@@ -493,13 +493,6 @@ def save(cfg: DictConfig, folder: Path) -> None:
     partial.unlink(missing_ok=True)
     kept: Any = OmegaConf.to_container(cfg, resolve=True)
     kept["resume"] = None
-    for holder, key in ((kept["dataset"], "path"), (kept, "cache")):
-        path = str(holder.get(key) or "")
-        if path and not path.startswith("~"):  # relative to the folder that it was given in
-            there = Path(path)
-            path = str(there.resolve() if ".." in there.parts else there.absolute())
-        if path:
-            holder[key] = path.replace("${", "\\${")  # no interpolation
     OmegaConf.save(kept, partial)
     partial.replace(folder / ".hydra" / "config.yaml")
 
