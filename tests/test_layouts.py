@@ -286,6 +286,16 @@ def test_qmnist_is_found_one_folder_down(tmp_path: Path, cache: Path) -> None:
         opened(Qmnist, tmp_path, cache)
 
 
+@every_source
+def test_pipe_and_device_are_not_opened(
+    kind: type[Dataset], write: Write, fields: dict[str, Any], tmp_path: Path, cache: Path
+) -> None:
+    os.mkfifo(tmp_path / "data.json")
+    for path in (tmp_path / "data.json", Path("/dev/zero")):
+        with pytest.raises(UserError, match="is neither a folder nor a file"):
+            opened(kind, path, cache, **fields)
+
+
 def test_linked_files_keep_their_own_names(tmp_path: Path, cache: Path) -> None:
     data, objects = tmp_path / "data", tmp_path / "objects"
     objects.mkdir()

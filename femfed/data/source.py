@@ -277,7 +277,7 @@ def located(path: str | None, name: str, expected: str) -> Path:
     root = Path(os.path.expanduser(str(path)))
     try:
         there = root.exists()
-        is_folder = root.is_dir()
+        is_folder, is_file = root.is_dir(), root.is_file()
         link = root.is_symlink()
     except OSError as error:
         raise unreadable(root, error) from error
@@ -291,6 +291,11 @@ def located(path: str | None, name: str, expected: str) -> Path:
         raise UserError(
             f"dataset.path={path} {problem} (looked for {root.absolute()}); "
             f"expected {expected}; correct dataset.path=PATH"
+        )
+    if not (is_folder or is_file):
+        raise UserError(
+            f"dataset.path={path} is neither a folder nor a file; expected {expected}; correct "
+            "dataset.path=PATH"
         )
     # Data managers (DVC, git-annex, the hub's cache) link names to files that are called by hashes.
     return root.resolve() if is_folder else root.parent.resolve() / root.name
