@@ -32,6 +32,7 @@ from femfed import (
     command_line,
     config,
     escape_unencodable,
+    go_on_without_readers,
     one_line,
     stoppable,
 )
@@ -48,6 +49,7 @@ from femfed.folder import (
 # TensorFlow, Flower and Ray take seconds to import: whatever needs them is imported where a user's
 # mistake would have been told already.
 
+main_process: list[int] = []  # its id
 started = time.perf_counter()
 exit_codes: list[int] = []  # of the runs that failed
 broken: list[EngineError] = []  # errors after which this process cannot end in peace
@@ -63,9 +65,22 @@ config.register()
 
 
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
-def simulate(cfg: DictConfig) -> None:
-    """Run one federation as `cfg` says; in a sweep, a run that fails leaves the others be."""
+def simulate(cfg: DictConfig) -> float | None:
+    """Run one federation as `cfg` says; in a sweep, a run that fails leaves the others be.
+
+    Returns:
+        The final test accuracy, as sweepers that search expect it; None if the run failed.
+    """
     global started
+    if main_process and main_process[0] != os.getpid():
+        with contextlib.suppress(OSError):
+            Path(HydraConfig.get().runtime.output_dir).rmdir()
+        raise UserError(
+            "this hydra/launcher starts runs in other processes, which could not tell this one "
+            "what failed nor share its workers; accepted: hydra/launcher=basic; a run uses all "
+            "processors by itself (engine.workers)"
+        )
+    accuracy: float | None = None
     composed.append(cfg)
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
@@ -104,7 +119,7 @@ def simulate(cfg: DictConfig) -> None:
             config.make_paths_absolute(cfg, Path(hydra_config.runtime.cwd))
             save = config.save if before is None else config.save_new
             accepted = functools.partial(save, cfg, folder)
-            run_one(cfg, folder, choices["strategy"], choices["model"], place, accepted)
+            accuracy = run_one(cfg, folder, choices["strategy"], choices["model"], place, accepted)
         finished.append(folder)
     except (UserError, OmegaConfBaseException) as error:
         if before is not None:
@@ -134,6 +149,7 @@ def simulate(cfg: DictConfig) -> None:
         run_failed("; ".join(filter(None, [f"{type(error).__name__}: {error}", how])), 1)
         end_engines()  # the next run starts workers anew
     started = time.perf_counter()  # of a sweep's next run
+    return accuracy
 
 
 def run_one(
@@ -143,8 +159,8 @@ def run_one(
     model_name: str,
     place: config.Place,
     accepted: Callable[[], None],
-) -> None:
-    """Build what `cfg` describes, run it, and leave the results in `folder`.
+) -> float:
+    """Build what `cfg` describes, run it, leave the results in `folder`; return the test accuracy.
 
     `accepted` is called once nothing is refused any more, before the workers start.
     """
@@ -241,8 +257,9 @@ def run_one(
         )
         engine.run(run, folder)
         own.close()  # all processors for the model and the pictures
-        results.finish(title, about, run.weights, run.peak_memory)
+        accuracy = results.finish(title, about, run.weights, run.peak_memory)
     print(f"results in {os.path.relpath(folder)}")
+    return accuracy
 
 
 def engine_of(
@@ -313,6 +330,8 @@ def leave(code: int, error: BaseException) -> None:
 def main() -> None:
     """Run what the command line says; a user's mistake is one line and exit code 2."""
     escape_unencodable()
+    go_on_without_readers()
+    main_process[:] = [os.getpid()]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print and exit with 1 on
     with stoppable():
         _main()

@@ -6,6 +6,7 @@ batches. What a client computes is a function of (global weights, writer, seed, 
 of nothing else, neither of the worker nor of who was trained before.
 """
 
+import contextlib
 import functools
 import gc
 import os
@@ -28,6 +29,9 @@ from femfed.local import GRID, LARGEST_SUM, DivergedError, Local, is_finite, unf
 from femfed.models import Model, build_checked, layers_of
 from femfed.seeds import generator
 from femfed.strategies.base import PIECE, Outcome, Strategy, Weights, pieces, squared_norm
+
+with contextlib.suppress(RuntimeError):  # TensorFlow has begun to use them for another program
+    tf.config.set_visible_devices([], "GPU")  # a worker would take all of a GPU's memory
 
 _GRADIENT_BATCH = 128  # images; bounds the memory of a full gradient
 _EVALUATION_BATCH = 512  # images; bounds the memory of a writer with thousands of them

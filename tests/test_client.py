@@ -812,3 +812,7 @@ def test_a_vector_and_its_layers() -> None:
     assert all(np.shares_memory(view, vector) for view in views)
     with pytest.raises(ValueError, match="8 weights; expected 9"):
         unflatten(vector, [(3, 3)])
+
+
+def test_no_gpu_is_seen_that_nobody_asked_for() -> None:
+    assert tf.config.get_visible_devices("GPU") == []

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import hydra.core.utils
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
@@ -585,6 +586,49 @@ def test_a_sweep_stops_as_a_whole_and_says_what_is_done(
     assert resumed(run) == undisturbed("local.epochs=200", "seed=1")
 
 
+def test_a_run_goes_on_without_the_reader_of_its_output(
+    start: Start, undisturbed: Undisturbed
+) -> None:
+    run = start(*TINY, "engine=inline", before=("sh", "-c", '"$0" "$@" 2>&1 | head -1'))
+
+    assert run.process.wait(timeout=LONG) == 0
+
+    assert run.out.startswith("glyphs")
+    assert result(run.folder) == undisturbed()
+
+
+def test_a_launcher_of_other_processes_is_refused(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As joblib's, whose runs could not tell this process what failed."""
+    ids = iter([1])
+    monkeypatch.setattr(os, "getpid", lambda: next(ids, 2))
+
+    done = shell.run("run")
+
+    assert done.code == 2
+    assert "accepted: hydra/launcher=basic" in done.err.splitlines()[-1]  # after one of Hydra's
+    assert not (shell.place / "run" / "rounds.csv").exists()
+
+
+def test_a_run_returns_its_final_accuracy(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, undisturbed: Undisturbed
+) -> None:
+    """Sweepers that search for the best settings ask for it; a run that failed has none."""
+    returned: list[float | None] = []
+    run_job = hydra.core.utils.run_job
+
+    def noted(*arguments: Any, **more: Any) -> Any:
+        done = run_job(*arguments, **more)
+        returned.append(done.return_value)
+        return done
+
+    monkeypatch.setattr("hydra._internal.hydra.run_job", noted)
+    assert shell.run("run").code == 0
+    assert shell.run("run").code == 2  # it holds a run
+    assert returned == [undisturbed()["test_accuracy"], None]
+
+
 # No room ------------------------------------------------------------------------------------------
 
 
@@ -1054,6 +1098,7 @@ def test_ray_answers_only_the_run_itself(
     (worker, *_) = [pid for pid, line in processes.items() if line.startswith("ray::ClientApp")]
     token = environment_of(worker)["RAY_AUTH_TOKEN"]
     assert re.fullmatch("[0-9a-f]{64}", token)
+    assert environment_of(worker)["CUDA_VISIBLE_DEVICES"] == "-1"
     for _, port in servers:
         for wrong in (None, "", "guessed", "0" * 64):
             refused = answers(port, wrong)

@@ -59,6 +59,9 @@ LONGEST_SOCKET = f"/{PREFIX}12345678/{INSIDE}/session_2026-01-02_03-04-05_123456
 PLACE_BYTES = SOCKET_BYTES - len(LONGEST_SOCKET + "plasma_store")  # of the path before
 PLACE = re.compile(r"[A-Za-z0-9/._-]+")  # spaces and others divide Ray's command lines
 OTHER_PLACES = ("/tmp", "/var/tmp")
+NO_GPUS = dict.fromkeys(
+    ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"), "-1"
+)
 SETTING = "RAY_"  # how the names of Ray's environment variables begin
 ENVIRONMENT = {  # of Ray, instead of the user's
     "RAY_AUTH_MODE": "token",
@@ -561,8 +564,8 @@ def _settings() -> Iterator[None]:
     Ray's servers and workers refuse calls without the token. It is in the environment of this
     process and of those that it starts, which other users cannot read, and in no file.
     """
-    users = {name: value for name, value in os.environ.items() if name.startswith(SETTING)}
-    _replace_settings({**ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    users = {name: value for name, value in os.environ.items() if _is_setting(name)}
+    _replace_settings({**NO_GPUS, **ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
     try:
         importlib.import_module("ray")
         _forget_settings()
@@ -573,9 +576,13 @@ def _settings() -> Iterator[None]:
 
 
 def _replace_settings(values: dict[str, str]) -> None:
-    for name in [name for name in os.environ if name.startswith(SETTING)]:
+    for name in list(filter(_is_setting, os.environ)):
         del os.environ[name]
     os.environ.update(values)
+
+
+def _is_setting(name: str) -> bool:
+    return name.startswith(SETTING) or name in NO_GPUS
 
 
 def _forget_settings() -> None:
