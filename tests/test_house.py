@@ -43,7 +43,7 @@ OURS = {
 LIBRARIES = {
     "hydra": {"config", "command_line"},
     "omegaconf": {"config", "hints", "data.__main__"},
-    "yaml": {"config"},
+    "yaml": {"config", "report.runs"},
     "tensorflow": {"client", "forward", "deferred"},
     "keras": {"forward", "deferred", "models"},
     "ray": {"engine.ray"},
