@@ -61,7 +61,7 @@ LIBRARIES = {
     "msgspec": {"data.leaf"},
     "h5py": {"data.tff"},
     "google": {"data.tff"},
-    "PIL": {"data.fedscale"},
+    "PIL": {"data.fedscale", "report.sheet"},
 }
 
 

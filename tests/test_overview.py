@@ -92,3 +92,14 @@ def test_a_mistake_is_one_line(tmp_path: Path, arguments: tuple[str, ...], said:
     assert said in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "outputs").exists()
+
+
+def test_the_end_is_quiet_when_the_reader_has_gone(tmp_path: Path) -> None:
+    command = f"'{sys.executable}' -m femfed.data clients=4 clients_per_round=4 cache=c | true"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+
+    assert done.stderr == ""
+    assert (tmp_path / "outputs" / "glyphs_writer.png").exists()

@@ -10,7 +10,14 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 
-from femfed import UserError, command_line, config, escape_unencodable, one_line
+from femfed import (
+    UserError,
+    command_line,
+    config,
+    escape_unencodable,
+    one_line,
+    print_quietly,
+)
 from femfed.data.overview import overview, sheet, table
 from femfed.data.source import Dataset
 from femfed.data.store import WriterStore
@@ -22,11 +29,11 @@ SHOWN = 24  # writers on the contact sheet
 
 def main(arguments: list[str]) -> int:
     """Describe the dataset of a command line; return the exit code."""
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0
     escape_unencodable()
     try:
+        if {"-h", "--help"} & set(arguments):
+            print_quietly(__doc__)
+            return 0
         line = command_line.parse(arguments)
         if others := [option[0] for option in line.options if option[0] != "--config-dir"]:
             raise UserError(f"{others[0]}: one dataset is described; expected no {others[0]}")
@@ -59,13 +66,17 @@ def main(arguments: list[str]) -> int:
     title = f"{variant}, partition {dataset.partition}: {len(shown)} of {len(members)}"
     try:
         path.parent.mkdir(exist_ok=True)
-        draw_sheet(path, title, names, sheet(store, shown))
+        path = draw_sheet(path, title, names, sheet(store, shown), store.folder.name)
     except OSError as error:
-        place = path.parent.absolute()
+        place = one_line(str(path.parent.absolute()))
         print(f"error: {place}: {error.strerror}; work in a folder of yours", file=sys.stderr)
         return 2
-    for name, value in [*lines, ("contact sheet", str(path))]:
-        print(f"{name:18}{value}")
+    lines.append(("contact sheet", str(path)))
+    try:
+        print_quietly("\n".join(one_line(f"{name:18}{value}") for name, value in lines))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

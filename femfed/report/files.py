@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,6 +68,9 @@ EVALUATED = tuple(  # empty in a round without evaluation
     name for name in ROUND_COLUMNS if name.startswith(("test_", "accuracy_", "unseen_"))
 )
 BOM = b"\xef\xbb\xbf"  # with which spreadsheets save tables
+
+# A spreadsheet takes a cell that begins so for a formula; an apostrophe goes before it.
+_FORMULA, _QUOTED = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"'+[=+\-@\t\r]")
 
 Row = Mapping[str, float | int | str | None]
 
@@ -247,8 +251,23 @@ def _lines(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> bytes:
             raise ValueError(f"{path.name} has no column {', '.join(unknown)}")
         if missing := [column for column in columns if column not in row]:
             raise ValueError(f"a row of {path.name} lacks {', '.join(missing)}")
-        writer.writerow([row[column] for column in columns])
-    return text.getvalue().encode()
+        writer.writerow([_cell(column, row[column]) for column in columns])
+    return text.getvalue().encode(errors="backslashreplace")  # halves of characters
+
+
+def _cell(column: str, value: float | int | str | None) -> float | int | str | None:
+    """Return what a cell holds: a writer's name that looks like a formula is quoted."""
+    if column == "writer" and isinstance(value, str) and _FORMULA.match(value):
+        return f"'{value}"
+    return value
+
+
+def rows_of(table: bytes) -> Iterator[dict[str, str]]:
+    """Yield the rows of a table that a run wrote, with the writers' names as they are."""
+    for row in csv.DictReader(io.StringIO(table.decode(errors="replace"), newline="")):
+        if _QUOTED.match(row.get("writer") or ""):
+            row["writer"] = row["writer"][1:]
+        yield row
 
 
 def _marked(path: Path, finished: int, contents: Iterable[bytes], marks: Iterable[str]) -> bytes:
@@ -274,8 +293,7 @@ def _parsed(path: Path, finished: int, content: bytes, columns: Sequence[str]) -
     whole = content[: content.rfind(b"\n") + 1]  # a killed run may have left half a line
     try:
         whole = _with_columns(path, whole, columns)
-        rows = list(csv.DictReader(io.StringIO(whole.decode(), newline="")))
-        rows = [row for row in rows if int(row["round"]) <= finished]
+        rows = [row for row in rows_of(whole) if int(row["round"]) <= finished]
         if path.name == "rounds.csv":
             rounds = [int(row["round"]) for row in rows]
             if [round for round in rounds if round] != list(range(1, finished + 1)):
@@ -297,12 +315,13 @@ def _with_columns(path: Path, content: bytes, columns: Sequence[str]) -> bytes:
     """
     if content.startswith(_header(columns)):
         return content
-    rows = csv.DictReader(io.StringIO(content.decode(errors="replace"), newline=""))
-    if surplus := set(rows.fieldnames or [""]) - set(columns):
-        first = ",".join(map(str, rows.fieldnames or [""]))[:200]
+    head = io.StringIO(content.decode(errors="replace"), newline="")
+    names = csv.DictReader(head).fieldnames or [""]
+    if surplus := set(names) - set(columns):
+        first = ",".join(map(str, names))[:200]
         raise TableError(
             f"{path} has the columns {first}; expected {','.join(columns)} (surplus: "
             f"{', '.join(sorted(map(str, surplus)))[:200]})"
         )
-    filled = [{name: row.get(name) for name in columns} for row in rows]
+    filled = [{name: row.get(name) for name in columns} for row in rows_of(content)]
     return _header(columns) + _lines(path, filled, columns)

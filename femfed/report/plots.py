@@ -19,6 +19,7 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from femfed import one_line
 from femfed.report import drawing
 from femfed.report.files import replacing
 
@@ -234,7 +235,7 @@ def _figure(title: str, share_y: bool) -> tuple[Figure, tuple[Axes, Axes]]:
     figure = Figure(figsize=SIZE, dpi=DOTS, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=share_y)
-    lines = textwrap.fill(drawable(title), 100)
+    lines = textwrap.fill(drawable(one_line(title)), 100)
     figure.suptitle(lines, x=0.01, ha="left", fontsize=9, fontweight="bold")
     return figure, (left, right)
 
