@@ -7,7 +7,6 @@ From the config to objects, from objects to the engine, from the engine to the r
 """
 
 import contextlib
-import functools
 import os
 import sys
 import time
@@ -90,6 +89,7 @@ def simulate(cfg: DictConfig) -> float | None:
     if is_sweep:
         sweeps.add(Path(hydra_config.runtime.cwd, hydra_config.sweep.dir))
     before: list[str] | None = None  # names in a new run's folder
+    has_begun = False
 
     def ended() -> str:
         """Return how to go on with the run; if it has not begun, leave nothing of it."""
@@ -104,7 +104,7 @@ def simulate(cfg: DictConfig) -> float | None:
         failures[folder] = message
         log = folder / "simulate.log"
         with contextlib.suppress(OSError):
-            if log.is_file():
+            if has_begun and log.exists():  # else it may be another run's, or a user's
                 with log.open("a") as file:
                     file.write(f"error: {one_line(message)}\n")
 
@@ -118,7 +118,12 @@ def simulate(cfg: DictConfig) -> float | None:
             config.check(cfg)
             config.make_paths_absolute(cfg, Path(hydra_config.runtime.cwd))
             save = config.save if before is None else config.save_new
-            accepted = functools.partial(save, cfg, folder)
+
+            def accepted() -> None:
+                nonlocal has_begun
+                save(cfg, folder)
+                has_begun = True
+
             accuracy = run_one(cfg, folder, choices["strategy"], choices["model"], place, accepted)
         finished.append(folder)
     except (UserError, OmegaConfBaseException) as error:

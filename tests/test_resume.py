@@ -304,6 +304,21 @@ def test_what_is_refused_leaves_the_runs_config_alone(
     assert after == before
 
 
+def test_what_is_refused_leaves_the_log_of_a_run_and_of_a_user_alone(
+    five: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = tmp_path / "theirs" / "simulate.log"
+    theirs.parent.mkdir()
+    theirs.write_text("mine")
+    before = (five / "simulate.log").read_bytes()
+
+    refused(monkeypatch, f"resume={five}", "rounds=4")
+    refused(monkeypatch, *TINY, f"hydra.run.dir={theirs.parent}", "clients=0")
+
+    assert (five / "simulate.log").read_bytes() == before
+    assert theirs.read_text() == "mine"
+
+
 def test_more_rounds_are_kept_once_the_workers_start(
     five: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
