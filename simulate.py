@@ -68,7 +68,8 @@ def simulate(cfg: DictConfig) -> float | None:
     """Run one federation as `cfg` says; in a sweep, a run that fails leaves the others be.
 
     Returns:
-        The final test accuracy, as sweepers that search expect it; None if the run failed.
+        The final test accuracy, as sweepers that search expect it; None if the run failed
+        or no image is held out.
     """
     global started
     if main_process and main_process[0] != os.getpid():
@@ -164,7 +165,7 @@ def run_one(
     model_name: str,
     place: config.Place,
     accepted: Callable[[], None],
-) -> float:
+) -> float | None:
     """Build what `cfg` describes, run it, leave the results in `folder`; return the test accuracy.
 
     `accepted` is called once nothing is refused any more, before the workers start.

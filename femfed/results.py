@@ -218,8 +218,8 @@ class Results:
 
     def finish(
         self, title: str, about: dict[str, Any], weights: list[Any], workers_peak: int
-    ) -> float:
-        """Write what is known at the end only; return the test accuracy."""
+    ) -> float | None:
+        """Write what is known at the end only; return the test accuracy, if there is one."""
         assert self._last is not None
         assert self._events is not None
         final = row(self._last)
@@ -242,4 +242,5 @@ class Results:
                 "versions": {"python": platform.python_version(), **self._versions},
             }
         )
-        return float(final["test_accuracy"])
+        accuracy: float | None = final["test_accuracy"]
+        return accuracy

@@ -613,10 +613,22 @@ def test_a_launcher_of_other_processes_is_refused(
     assert not (shell.place / "run" / "rounds.csv").exists()
 
 
+def test_a_run_without_test_images_ends_well(shell: Shell) -> None:
+    """As one on writers of so few images that none is held out."""
+    nothing = ["evaluate.test_fraction=0", "evaluate.unseen_fraction=0"]
+
+    done = shell.run("run", "rounds=1", *nothing)
+
+    assert done.code == 0, done.err
+    found = result(shell.place / "run")
+    assert found["test_accuracy"] is None
+
+
 def test_a_run_returns_its_final_accuracy(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, undisturbed: Undisturbed
 ) -> None:
     """Sweepers that search for the best settings ask for it; a run that failed has none."""
+    expected = undisturbed()["test_accuracy"]  # before what runs is noted
     returned: list[float | None] = []
     run_job = hydra.core.utils.run_job
 
@@ -628,7 +640,7 @@ def test_a_run_returns_its_final_accuracy(
     monkeypatch.setattr("hydra._internal.hydra.run_job", noted)
     assert shell.run("run").code == 0
     assert shell.run("run").code == 2  # it holds a run
-    assert returned == [undisturbed()["test_accuracy"], None]
+    assert returned == [expected, None]
 
 
 # No room ------------------------------------------------------------------------------------------
