@@ -683,7 +683,8 @@ def _no_choice(group: str, name: str, options: Sequence[str]) -> str:
 
 def _context(line: CommandLine) -> DictConfig:
     """Return the config of a command line's groups, without the keys that may be unknown."""
-    choices = [each for each in line.overrides if each.partition("=")[0] in groups(line)]
+    known = groups(line)
+    choices = [each for each in line.overrides if each.partition("=")[0] in known]
     for tried in (choices, []):
         try:
             return _compose(tried, line)

@@ -1,15 +1,12 @@
 """Sweeps as a user types them: their folders, their titles, and what one failing run leaves."""
 
-import contextlib
-import io
 import json
-import os
 import sys
 from pathlib import Path
 
 import pytest
 
-import simulate
+from tests.test_resume import typed
 
 TINY = ["clients=4", "clients_per_round=2", "rounds=1", "model=logistic", "engine=inline"]
 TINY += ["dataset.writers=5", "evaluate.unseen_fraction=0.2"]
@@ -23,21 +20,9 @@ def swept(
     paths = [f"cache={folder}/cache", f"hydra.sweep.dir={folder}/sweep"]
     if any(argument.startswith("hydra.sweep.dir=") for argument in arguments):
         paths = paths[:1]
-    monkeypatch.setattr(sys, "argv", ["simulate.py", "-m", *TINY, *paths, *arguments])
-    monkeypatch.setattr(simulate, "exit_codes", [])
-    monkeypatch.setattr(simulate, "finished", [])
-    monkeypatch.setattr(simulate, "composed", [])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
-    monkeypatch.setattr(os, "dup2", lambda *_: None)  # pytest holds the descriptors
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        pytest.raises(SystemExit) as exit,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        simulate.main()
+    code, out, err = typed(monkeypatch, "-m", *TINY, *paths, *arguments)
     runs = {str(path.parent.relative_to(folder)) for path in folder.rglob("summary.json")}
-    return int(exit.value.code or 0), out.getvalue(), err.getvalue(), runs
+    return code, out, err, runs
 
 
 def test_only_the_runs_that_lack_a_key_fail_and_say_which_they_are(tmp_path, monkeypatch) -> None:

@@ -86,8 +86,10 @@ class Memories:
         Raises:
             ClientStateError: its file is not what `keep` writes.
         """
-        if not round:
-            return None
+        return self._checked(client, round)[0] if round else None
+
+    def _checked(self, client: int, round: int) -> tuple[Vector, int]:
+        """Return a client's state and its CRC-32, which is that of the file's first block."""
         path = self.path(client, round)
         with path.open("rb") as file:
             head = file.read(BLOCK)
@@ -95,8 +97,7 @@ class Memories:
             # Not copied: TensorFlow works in the system's pages of the file, which stays as it is.
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             vector = np.frombuffer(pages, np.float32, offset=begins)
-            _check(path, head, vector)
-            return vector
+            return vector, _check(path, head, vector)
 
     def versions(self, clients: int, finished: int) -> NDArray[np.int64]:
         """Return each client's newest round up to `finished`, 0 where there is none."""
@@ -137,10 +138,10 @@ class Memories:
         for client, (round, checksum) in states.items():
             path = self.path(client, round)
             try:
-                vector = self.recall(client, round)
+                _, found = self._checked(client, round)
             except FileNotFoundError:
                 raise ClientStateError(f"the client state {path} is missing") from None
-            if vector is None or zlib.crc32(vector.view(np.uint8).data) != checksum:
+            if found != checksum:
                 raise ClientStateError(f"{path} is not the client state that was written there")
 
     def states(self, round: int) -> ClientStates:
@@ -153,13 +154,11 @@ class Memories:
         """
         newest: dict[int, int] = {}
         for client, version in self._kept():
-            if version <= round:
+            if 0 < version <= round:
                 newest[client] = max(newest.get(client, 0), version)
-        vectors = {client: self.recall(client, version) for client, version in newest.items()}
         return {
-            client: (newest[client], zlib.crc32(vector.view(np.uint8).data))
-            for client, vector in vectors.items()
-            if vector is not None
+            client: (version, self._checked(client, version)[1])
+            for client, version in newest.items()
         }
 
     def rewind(self, states: ClientStates) -> None:
@@ -180,7 +179,7 @@ class Memories:
         kept = self._kept()
         newest: dict[int, int] = {}
         for client, version in kept:
-            if version <= round:
+            if 0 < version <= round:
                 newest[client] = max(newest.get(client, 0), version)
         for client, version in kept:
             if version < newest.get(client, 0):
@@ -337,15 +336,16 @@ def _begin_of_numbers(path: Path, head: bytes, size: int) -> int:
     return file.tell()
 
 
-def _check(path: Path, head: bytes, vector: Vector) -> None:
-    """Compare a file's numbers with the checksum in its first block, if it has one.
+def _check(path: Path, head: bytes, vector: Vector) -> int:
+    """Return the checksum of a file's numbers, which its first block states if it states one.
 
     Raises:
         ClientStateError: they differ.
     """
-    checksum = _checksum(head)
-    if checksum is not None and checksum != zlib.crc32(vector.view(np.uint8).data):
+    stated, found = _checksum(head), zlib.crc32(vector.view(np.uint8).data)
+    if stated not in (None, found):
         raise ClientStateError(f"the client state {path} is damaged: its checksum differs")
+    return found
 
 
 def _checksum(head: bytes) -> int | None:

@@ -143,10 +143,9 @@ class RunFiles:
         Returns:
             The rows of rounds.csv.
         """
-        rows = list[Any]()
+        rows = _rounds(tables["rounds.csv"])
         for name, content in tables.items():
             path, whole = self._folder / name, content
-            rows = list(csv.DictReader(io.StringIO(content.decode(), newline="")))
             if name == "rounds.csv" and rows and not evaluated:
                 rows[-1] |= dict.fromkeys(EVALUATED, "")
                 whole = _header(ROUND_COLUMNS) + _lines(path, rows, ROUND_COLUMNS)
@@ -200,9 +199,14 @@ class RunFiles:
         self._written[name] = _longer(self._written[name], lines)
 
 
+def _rounds(table: bytes) -> list[dict[str, str]]:
+    """Return the rows of a rounds.csv."""
+    return list(csv.DictReader(io.StringIO(table.decode(), newline="")))
+
+
 def last_is_evaluated(table: bytes) -> bool:
     """Return whether the last row of a rounds.csv has an evaluation."""
-    rows = list(csv.DictReader(io.StringIO(table.decode(), newline="")))
+    rows = _rounds(table)
     return bool(rows) and any(rows[-1][name] for name in EVALUATED)
 
 
